@@ -1,0 +1,1378 @@
+"""Turn audio into the patch tokens of a frozen encoder, once, on disk.
+
+Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3: every clip goes through
+the frozen encoder once, un-augmented, and its last-layer token map is kept.
+
+Reads    datasets.txt and data/<data>/ (a folder of audio with a table of labels)
+Writes   tokens/<data>/<model>/
+         tokens.npy  float16 (clips, N, D), N = T*F patch tokens, time-major: n = t*F + f
+         cls.npy     float16 (clips, D), where the encoder has a [cls] token
+         labels.npy  uint8 (clips, C) multi-hot; clips.csv, classes.txt, events.csv, meta.json
+
+    python extract.py                             # log-mel patches of the synthetic demo, no download
+    python extract.py --model eat --data esc50    # any encoder x any line of datasets.txt
+    torchrun --nproc_per_node=8 extract.py --model eat --data as20k
+
+Stop it whenever you like: the same command goes on where it stopped.
+"""
+
+import argparse
+import collections
+import csv
+import datetime
+import errno
+import functools
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import shlex
+import shutil
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+
+# ---------------------------------------------------------------------------------------------
+# constants: what, unit, source
+
+RATE = 16000             # Hz, mono; every encoder here [official code]
+BLOCK = {"cpu": 8, "cuda": 64}  # clips in a batch, and in a resumable block of rows [ours]
+RECORD_SECONDS = 5       # seconds of work at most that a kill can cost [ours]
+MAX_BAD = 0.01           # share of missing + unreadable clips above which we stop [ours]
+MAX_UNPACK = 50          # an archive may unpack to this many times its own size [ours]
+AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # tried in this order when a table names another [ours]
+SPLITS = {"training": "train", "dev": "train", "val": "valid", "validate": "valid",
+          "validation": "valid", "eval": "test"}  # one spelling per split [ours]
+
+FRAME, HOP, FFT = 400, 160, 512      # samples: 25 ms, 10 ms, next power of two [official code]
+LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the log [official code]
+CHUNK = 1008                         # frames Dasheng encodes at once [official code]
+STEP = 32      # frames an input length is rounded up to: gives the official 1024 (10 s),
+               # 512 (5 s) and 128 (1 s); between those the choice is [ours]
+
+HUB = "https://huggingface.co/"
+BEATS_HUB = HUB + "lpepino/beats_ckpts/resolve/main/"  # a mirror; the official links need a browser
+
+# name -> family (keys and front-end), url, sha256, (mean, std) of (x - mean) / (2 std), licence.
+# A sha256 of "" is not published: the one found is recorded in meta.json. All [official code] but
+# the choices of file marked [?] (which file the paper used is not stated in any source we found).
+MODELS = {
+    "logmel": ("logmel", "", "", (-4.2677393, 4.5689974), "no weights"),
+    "random": ("eat", "", "", (-4.268, 4.569), "no weights"),
+    "amae": ("amae", HUB + "gaunernst/vit_base_patch16_1024_128.audiomae_as2m/resolve/main/"
+             "pytorch_model.bin", "", (-4.2677393, 4.5689974), "CC-BY-NC-4.0 (official repo)"),
+    "amae+": ("amae", HUB + "gaunernst/vit_base_patch16_1024_128.audiomae_as2m_ft_as20k/resolve/"
+              "main/pytorch_model.bin", "", (-4.2677393, 4.5689974),  # [?] AS-20k or AS-2M
+              "CC-BY-NC-4.0 (official repo)"),
+    "asit": ("asit", "", "", (-4.2677393, 4.5689974), "none stated"),  # [?] Google Drive only
+    "asit+": ("asit", "", "", (-4.2677393, 4.5689974), "none stated"),  # [?] no public file found
+    "beats": ("beats", BEATS_HUB + "BEATs_iter3_plus_AS2M.pt",  # [?] iter3 or iter3+ (both SSL)
+              "d43cbfad4d7b56381c061d7a24774f908d4d94c72961f6eb1d9090ff18cd8d34",
+              (15.41663, 6.55582), "MIT"),
+    "beats+": ("beats", BEATS_HUB + "BEATs_iter3_finetuned_on_AS2M_cpt1.pt",  # [?] which of four
+               "379369a41d0b3749f746cdcea8036de506cb3aedecce84de7db0a75fda2a4fe7",
+               (15.41663, 6.55582), "MIT"),
+    "dasheng": ("dasheng", HUB + "mispeech/dasheng-base/resolve/main/model.safetensors", "",
+                None, "Apache-2.0"),
+    "eat": ("eat", HUB + "worstchan/EAT-base_epoch30_pretrain/resolve/main/model.safetensors",
+            "8623072d09aac4f3ad1168b4fed3a24e4f68fe1da25b9fe733375efb237e5f48",
+            (-4.268, 4.569), "MIT"),
+    "eat+": ("eat", HUB + "worstchan/EAT-base_epoch30_finetune_AS2M/resolve/main/model.safetensors",
+             "", (-4.268, 4.569), "MIT"),
+    "sslam": ("eat", HUB + "ta012/SSLAM_pretrain/resolve/main/model.safetensors",
+              "8ec670adb241c710422ddd894ff1bade142ef0b25cf1ee68577aa45f89432298",
+              (-4.268, 4.569), "MIT"),
+    "sslam+": ("eat", HUB + "ta012/SSLAM_AS2M_Finetuned/resolve/main/model.safetensors", "",
+               (-4.268, 4.569), "MIT"),
+}
+
+DEMO_CLASSES = ("beeps", "bell", "buzz", "clicks", "down", "hiss", "siren", "tremolo", "up",
+                "warble")
+DEMO_SPLITS = {"train": 700, "valid": 100, "test": 300}  # clips [ours]
+DEMO_SECONDS, DEMO_SEED = 5, 2509  # [ours]
+
+
+class Stop(Exception):
+    """A mistake of the user's, told in one sentence; main() prints it and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# datasets.txt: "name task seconds classes key=value ..." -> clips
+
+KEYS = {"table", "files", "path", "labels", "split", "sep", "start", "onset", "offset", "url",
+        "md5", "shots", "map", "names", "prototypes"}
+
+
+def read_datasets(file):
+    """{name: dict(task, seconds, classes, lines, rules, urls)} from a datasets.txt.
+
+    Lines of one name add up. Raises Stop with file:line at the first malformed line."""
+    sets = {}
+    try:
+        lines = open(file, encoding="utf-8").read().splitlines()
+    except OSError as e:
+        raise Stop(f"{file}: {e.strerror}; run from the folder that holds datasets.txt")
+    for i, line in enumerate(lines, 1):
+        where = f"{file}:{i}"
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as e:
+            raise Stop(f"{where}: {e}; close the quotation")
+        if not words:
+            continue
+        if len(words) < 4:
+            raise Stop(f"{where}: expected 'name task seconds classes [key=value ...]', found "
+                       f"{len(words)} words")
+        name, task, seconds, classes, *pairs = words
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise Stop(f"{where}: the name {name!r} becomes a folder; use letters, digits, . _ -")
+        if task not in ("single", "multi"):
+            raise Stop(f"{where}: task is {task!r}; it must be 'single' or 'multi'")
+        try:
+            seconds, classes = float(seconds), int(classes)
+        except ValueError:
+            seconds = classes = 0
+        if not 0 < seconds < math.inf or classes < 1:
+            raise Stop(f"{where}: seconds and classes must be positive numbers")
+        rule = {"path": "{path}", "labels": "{labels}", "split": "{split}", "sep": ";"}
+        urls = []
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if key not in KEYS or not equals:
+                raise Stop(f"{where}: unknown word {pair!r}; keys are {' '.join(sorted(KEYS))}")
+            if key == "url":
+                urls += [[url, ""] for url in expand(value)]
+            elif key == "md5" and urls:
+                urls[-1][1] = value
+            elif key in ("shots", "prototypes") and not (value.isdigit() and int(value)):
+                raise Stop(f"{where}: {key} is {value!r}; it must be a positive whole number")
+            else:
+                rule[key] = value
+        data = sets.setdefault(name, dict(task=task, seconds=seconds, classes=classes, lines=[],
+                                          rules=[], urls=[]))
+        if (data["task"], data["seconds"], data["classes"]) != (task, seconds, classes):
+            raise Stop(f"{where}: task, seconds and classes differ from the first line of {name}")
+        data["lines"].append(" ".join(line.split("#")[0].split()) if "#" in line else line.strip())
+        data["rules"].append(rule | {"where": where})
+        data["urls"] += urls
+    return sets
+
+
+def expand(text):
+    """'a{08..11}b' -> ['a08b', 'a09b', 'a10b', 'a11b']; text without braces is itself."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
+    if not found:
+        return [text]
+    first, last = found.groups()
+    return [text[:found.start()] + str(i).zfill(len(first)) + text[found.end():]
+            for i in range(int(first), int(last) + 1)]
+
+
+def read_rows(root, rule):
+    """Yield one dict per row of the rule's tables (or per audio file of its files= glob).
+
+    Keys: the header's columns, or c0, c1, ... when the rule uses them; `stem` and `folder` of the
+    table file; `where` = file:line for messages."""
+    pattern = rule.get("files") or rule.get("table", "manifest.csv")
+    found = sorted(glob.glob(os.path.join(glob.escape(root), pattern), recursive=True))
+    if not found:
+        raise Stop(f"{rule['where']}: no file matches {os.path.join(root, pattern)}; put the "
+                   f"dataset there as it unpacks, or correct the line")
+    for file in found:
+        names = {"stem": os.path.splitext(os.path.basename(file))[0],
+                 "folder": os.path.basename(os.path.dirname(file))}
+        if "files" in rule:
+            yield names | {"path": os.path.relpath(file, root), "where": file}
+        elif file.endswith(".parquet"):
+            yield from read_parquet(file, rule, names)
+        else:
+            yield from read_table(file, rule, names)
+
+
+def read_table(file, rule, names):
+    """Rows of a comma (.csv) or tab (any other) separated table; lines that begin with # are out."""
+    headless = re.search(r"\{c\d", " ".join(rule.values()))
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+        numbers, kept = [], []
+        for number, line in enumerate(lines, 1):
+            if line.strip() and not line.startswith("#"):
+                numbers.append(number)
+                kept.append(line)
+    reader = csv.reader(kept, delimiter="," if file.endswith(".csv") else "\t",
+                        skipinitialspace=True)
+    header = None
+    for values in reader:
+        where = f"{file}:{numbers[reader.line_num - 1]}"
+        if header is None:
+            header = [f"c{i}" for i in range(len(values))] if headless else values
+            if not headless:
+                continue
+        if len(values) != len(header):
+            raise Stop(f"{where}: {len(values)} values for {len(header)} columns; put a value that "
+                       f"has a comma in it in double quotes")
+        yield names | dict(zip(header, values)) | {"where": where}
+
+
+def read_parquet(file, rule, names):
+    """Rows of a parquet file; lists of labels are joined with the rule's sep, embedded audio
+    ({bytes, path}) is left in the file and named as file#row (it is decoded from memory)."""
+    table = open_parquet(file)
+    audio = [f.name for f in table.schema_arrow if str(f.type).startswith("struct<bytes")]
+    columns = [f.name for f in table.schema_arrow if f.name not in audio]
+    number = 0
+    for group in range(table.num_row_groups):
+        n = table.metadata.row_group(group).num_rows
+        rows = table.read_row_group(group, columns=columns).to_pylist() if columns else [{}] * n
+        for i, row in enumerate(rows):
+            for key, value in row.items():
+                if isinstance(value, list) and all(isinstance(v, (str, int)) for v in value):
+                    row[key] = rule["sep"].join(map(str, value))
+                elif value is None:
+                    row[key] = ""
+            embedded = f"{os.path.basename(file)}#{number}"
+            yield (names | {"path": embedded} | row | dict.fromkeys(audio, embedded)
+                   | {"embedded": (file, group, i, audio[0]) if audio else None,
+                      "where": f"{file}: row {number}"})
+            number += 1
+
+
+def open_parquet(file):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise Stop(f"{file}: reading parquet needs one more package: pip install pyarrow")
+    return pyarrow.parquet.ParquetFile(file)
+
+
+def few_shot(rows, shots, seconds, seed):
+    """Bird-MAE's lenient k-shot rule for BirdSet's train table, without fill-up.
+
+    Keep recordings of at most 20 s without secondary species [official code]; of each, the events
+    of the most frequent cluster (noise, -1, only where there is nothing else), those inside
+    another dropped; one at random is primary, the rest left over; k primaries a species, else all
+    of them and left-overs up to k. The clip is centred on the event, where BirdSet takes a random
+    5 s of it, so that a seed gives the same clips everywhere [ours]."""
+    rng = random.Random(seed)
+    species = collections.defaultdict(lambda: ([], []))
+    for row in sorted(rows, key=lambda row: str(row["filepath"])):
+        if float(row["length"] or 0) > 20 or row["ebird_code_secondary"]:
+            continue
+        events = list(zip(row["detected_events"] or [], row["event_cluster"] or []))
+        if isinstance(row["event_cluster"], str):  # a list of numbers arrives joined
+            events = list(zip(row["detected_events"] or [],
+                              map(int, filter(None, re.split(r"[^-\d]+", row["event_cluster"])))))
+        events = [e for e in events if e[1] != -1] or events
+        if events:
+            top = collections.Counter(c for _, c in events).most_common(1)[0][0]
+            events = sorted({tuple(e) for e, c in events if c == top})
+        events = [a for a in events if not any(b != a and b[0] <= a[0] and a[1] <= b[1]
+                                               for b in events)] or [(0, seconds)]
+        first = rng.randrange(len(events))
+        primary, left = species[row["ebird_code"]]
+        for i, (onset, offset) in enumerate(events):
+            start = (onset + offset - seconds) / 2
+            start = max(0, min(start, float(row["length"] or seconds) - seconds))
+            (primary if i == first else left).append(row | {"start": round(start, 3)})
+    for name in sorted(species):
+        primary, left = species[name]
+        taken = rng.sample(primary, min(shots, len(primary)))
+        taken += rng.sample(left, min(shots - len(taken), len(left)))
+        yield from taken
+
+
+def read_clips(root, data, seed=0):
+    """Read the tables of one dataset.
+
+    Returns clips, a list of dicts with path (relative to root), start (s), split, labels (set),
+    source (a path, or where an embedded recording lies); missing, {split: [paths]}; classes,
+    sorted, over all rows of all splits, so that a missing file never drops or moves a class; and
+    events, rows of (path, onset, offset, label) where the lines name onset and offset."""
+    clips, missing, classes, events = {}, collections.defaultdict(dict), set(), []
+    for rule in data["rules"]:
+        rename = dict(pair.split(":") for pair in filter(None, rule.get("map", "").split(",")))
+        rows = read_rows(root, rule)
+        if "shots" in rule:
+            rows = list(rows)
+            classes |= {rule["labels"].format_map(row) for row in rows}
+            rows = few_shot(rows, int(rule["shots"]), data["seconds"], seed)
+        for row in rows:
+            try:
+                wanted = rule["path"].format_map(row)
+                path, source = find_audio(root, wanted, row.get("embedded"))
+                row |= {"dir": os.path.basename(os.path.dirname(path or wanted)),
+                        "parts": re.split("[_-]", os.path.splitext(os.path.basename(wanted))[0])}
+                split = rule["split"].format_map(row).strip()
+                labels = rule["labels"].format_map(row).split(rule["sep"])
+                start = float(rule.get("start", "{start}").format_map({"start": 0} | row) or 0)
+                strong = [rule[k].format_map(row) for k in ("onset", "offset") if k in rule]
+            except (KeyError, IndexError) as e:
+                columns = [k for k in row if k not in ("where", "embedded", "dir", "parts")]
+                raise Stop(f"{row['where']}: no column {e} here (there are {' '.join(columns)}); "
+                           f"correct {rule['where']} or the header")
+            except ValueError:
+                raise Stop(f"{row['where']}: start must be a number of seconds")
+            if not 0 <= start < math.inf:
+                raise Stop(f"{row['where']}: start is {start}; it must be 0 s or later")
+            if not split or not wanted:
+                raise Stop(f"{row['where']}: an empty {'path' if split else 'split'}; give "
+                           f"train, valid, test or a fold name")
+            labels = {rename.get(x, x) for x in map(str.strip, labels) if x}
+            if any(";" in x for x in labels):
+                raise Stop(f"{row['where']}: a class name has ';' in it, which joins labels")
+            classes |= labels
+            if "/" in split:  # a/b: by hash of the path, the same on every machine
+                a, b = map(float, split.split("/"))
+                point = int(hashlib.md5((path or wanted).encode()).hexdigest()[:8], 16) / 2**32
+                split = "train" if point * (a + b) < a else "test"
+            split = SPLITS.get(split, split)
+            if path is None:
+                missing[split][wanted] = None
+                continue
+            clip = clips.setdefault((path, start), {
+                "path": path, "start": start, "split": split, "labels": set(), "source": source,
+                "where": row["where"]})  # a clip met again keeps its first split
+            clip["labels"] |= labels
+            if len(strong) == 2 and strong[0]:
+                events += [(path, *strong, label) for label in sorted(labels)]
+    clips = list(clips.values())
+    if not clips and not missing:
+        raise Stop(f"{root}: the tables of this dataset hold no row")
+    for clip in clips:
+        if data["task"] == "single" and len(clip["labels"]) != 1:
+            raise Stop(f"{clip['where']}: {clip['path']} has {len(clip['labels'])} labels "
+                       f"({'; '.join(sorted(clip['labels']))}); a 'single' dataset needs exactly "
+                       f"one a clip: correct the table, or call the task 'multi'")
+    if len(classes) != data["classes"]:
+        shown = " ".join(sorted(classes)[:12]) + (" ..." if len(classes) > 12 else "")
+        raise Stop(f"{data['rules'][0]['where']}: {data['classes']} classes declared, "
+                   f"{len(classes)} found ({shown}); correct the count or the table")
+    return clips, {k: list(v) for k, v in missing.items()}, sorted(classes), events
+
+
+def find_audio(root, wanted, embedded):
+    """(path relative to root, source to read), or (None, None) if there is no such file."""
+    if embedded:
+        return wanted, embedded
+    stem, ending = os.path.splitext(wanted)
+    for name in [wanted] + [stem + e for e in AUDIO if e != ending]:
+        if name.startswith("**/"):  # anywhere below the folder, by base name
+            name = files_by_name(root).get(os.path.basename(name), "")
+        if name and os.path.isfile(os.path.join(root, name)):
+            return os.path.normpath(name), os.path.join(root, name)
+    return None, None
+
+
+@functools.lru_cache(maxsize=1)
+def files_by_name(root):
+    return {file: os.path.relpath(os.path.join(folder, file), root)
+            for folder, _, files in os.walk(root) for file in sorted(files)}
+
+
+def print_report(data, clips, missing, unreadable, classes):
+    """One row per split; `unreadable` holds row numbers. Prevalence = mean share of clips a class
+    is in = macro mAP of a constant score."""
+    print(f"{'split':>12} {'clips':>8} {'missing':>8} {'unreadable':>11} {'labels/clip':>12} "
+          f"{'prevalence':>11}")
+    splits = list(dict.fromkeys([c["split"] for c in clips] + list(missing)))
+    for split in splits:
+        rows = [i for i, c in enumerate(clips) if c["split"] == split]
+        good = [clips[i] for i in rows if i not in unreadable]
+        labels = sum(len(c["labels"]) for c in good) / max(1, len(good))
+        print(f"{split:>12} {len(good):8,} {len(missing.get(split, [])):8,} "
+              f"{len(rows) - len(good):11,} {labels:12.2f} {labels / len(classes):11.1%}")
+    tested = set().union(*(c["labels"] for i, c in enumerate(clips) if i not in unreadable
+                           and c["split"] == ("test" if "test" in splits else c["split"])))
+    print(f"{len(classes)} classes found, {data['classes']} declared; {len(tested)} have a "
+          f"positive among the tested clips")
+
+
+# ---------------------------------------------------------------------------------------------
+# downloads
+
+def download(url, file, digest="", by_hand=""):
+    """Fetch url into file: <file>.part first (resumed by a Range request), checked against the
+    length the server states and an md5 or sha256, renamed when whole. Raises Stop."""
+    part = file + ".part"
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            if have and reply.status != 206:  # the server starts over, so do we
+                have = 0
+            total = have + int(reply.headers.get("Content-Length") or 0)
+            room(os.path.dirname(file), total - have, f"the download of {os.path.basename(file)}")
+            with open(part, "ab" if have else "wb") as f:
+                bar, step = Progress(total / 1e6, "MB", have / 1e6), 1 << 20
+                while block := reply.read(step):
+                    f.write(block)
+                    bar.show(f.tell() / 1e6)
+                bar.close()
+                size = f.tell()
+    except urllib.error.HTTPError as e:
+        if e.code != 416:  # 416: the part is whole already, or garbage; the digest tells
+            raise Stop(f"{url} answered {e.code} {e.reason}; {by_hand}")
+        size = total = have
+    except OSError as e:
+        raise Stop(f"cannot reach {url} ({getattr(e, 'reason', e)}); {by_hand}; "
+                   f"what has arrived is kept in {part}")
+    if total and size != total:
+        raise Stop(f"{url} broke off at {size:,} of {total:,} bytes; run the same command again")
+    if digest and digest != file_digest(part, "md5" if len(digest) == 32 else "sha256"):
+        os.remove(part)
+        raise Stop(f"{url}: the bytes that came do not have the checksum {digest}; run again, and "
+                   f"if it stays so the source has changed: {by_hand}")
+    os.replace(part, file)
+
+
+def file_digest(file, kind="sha256"):
+    digest = hashlib.new(kind)
+    with open(file, "rb") as f:
+        while block := f.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch_dataset(root, data):
+    """Download and unpack the url= archives of a dataset; root appears when everything is in it.
+
+    One folder at the top of the archives is left out. Raises Stop for archives that point outside
+    their folder or declare more than MAX_UNPACK times their size."""
+    parts, new = root + ".download", root + ".unpacking"
+    by_hand = f"download it by hand and unpack it into {root}/"
+    urls = [(url, md5, os.path.join(parts, os.path.basename(url.split("?")[0])))
+            for url, md5 in data["urls"]]
+    print(f"{root} is not there; fetching {len(urls)} files into {parts}", file=sys.stderr)
+    for url, md5, file in urls:
+        if not os.path.exists(file):
+            download(url, file, md5, by_hand)
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
+    try:
+        for _, _, file in urls:
+            unpack(file, new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    inside = os.listdir(new)
+    only = os.path.join(new, inside[0]) if len(inside) == 1 else ""
+    os.rename(only if os.path.isdir(only) else new, root)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def unpack(file, folder):
+    """Unpack one zip or tar below folder (any other file is moved there). Every member is checked
+    before the first is written: no absolute path, no '..', no link, no more bytes than allowed."""
+    if re.search(r"\.z\d\d$", file):
+        return  # read through its .zip
+    if file.endswith(".zip"):
+        archive = zipfile.ZipFile(file)
+        members = [(m.filename, m.file_size, (m.external_attr >> 16) & 0o170000 == 0o120000)
+                   for m in archive.infolist()]
+    elif re.search(r"\.(tar|tar\.gz|tgz)$", file):
+        archive = tarfile.open(file)
+        members = [(m.name, m.size, not (m.isfile() or m.isdir())) for m in archive]
+    else:
+        shutil.move(file, folder)
+        return
+    total = sum(size for _, size, _ in members)
+    for name, _, odd in members:
+        if odd or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name:
+            raise Stop(f"{file}: refused, its member {name!r} points outside the folder or is no "
+                       f"plain file; get the archive from its official source")
+    if total > MAX_UNPACK * os.path.getsize(file):
+        raise Stop(f"{file}: refused, it declares {total:,} bytes from "
+                   f"{os.path.getsize(file):,}; get the archive from its official source")
+    room(folder, total, f"unpacking {os.path.basename(file)}")
+    with archive:
+        archive.extractall(folder, **({} if file.endswith(".zip") or sys.version_info < (3, 12)
+                                      else {"filter": "data"}))
+
+
+def room(folder, size, what):
+    """Raise Stop if folder's disk has less than size bytes free."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise Stop(f"{what} needs {size / 1e9:,.2f} GB and {os.path.abspath(folder)} has "
+                   f"{free / 1e9:,.2f} GB free; make room, or link that folder to a larger disk")
+
+
+class Progress:
+    """One line on stderr, in place: done, rate, time left."""
+
+    def __init__(self, total, unit, done=0):
+        self.total, self.unit, self.first = total, unit, done
+        self.begin = self.shown = time.time()
+
+    def show(self, done):
+        now = time.time()
+        if now - self.shown > 0.5:
+            rate = (done - self.first) / (now - self.begin)
+            left = max(0, self.total - done) / max(rate, 1e-9)
+            print(f"\r{done:,.0f} / {self.total:,.0f} {self.unit}  {rate:,.1f} {self.unit}/s  "
+                  f"{datetime.timedelta(seconds=round(left))} left   ", end="", file=sys.stderr)
+            self.shown = now
+
+    def close(self):
+        if self.shown != self.begin:
+            print(file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------
+# the demo: synthetic soundscapes [ours]
+
+def make_demo(root):
+    """Write 1,100 soundscapes of 5 s (16 kHz, 16 bit), manifest.csv and events.csv below root.
+
+    In the manner of URBAN-SED: coloured noise and 1-5 overlapping events with random class,
+    onset, length, pitch and level. The classes differ in how they move, not in where they lie:
+    'up' and 'down' have the same mean spectrum, every pitch is random. Same bytes every time."""
+    new = root + ".making"
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(os.path.join(new, "audio"))
+    rng = np.random.default_rng(DEMO_SEED)
+    manifest, strong = [("path", "split", "labels")], [("path", "onset", "offset", "label")]
+    bar = Progress(sum(DEMO_SPLITS.values()), "demo clips")
+    for split, clips in DEMO_SPLITS.items():
+        for i in range(clips):
+            path = f"audio/{split}{i:04d}.wav"
+            wave, events = soundscape(rng)
+            pcm = np.clip(np.round(wave * 32767), -32768, 32767).astype(np.int16)
+            soundfile.write(os.path.join(new, path), pcm, RATE, subtype="PCM_16")
+            manifest.append((path, split, ";".join(sorted({e[2] for e in events}))))
+            strong += [(path, *e) for e in events]
+            bar.show(len(manifest))
+    bar.close()
+    write_csv(os.path.join(new, "manifest.csv"), manifest)
+    write_csv(os.path.join(new, "events.csv"), strong)
+    os.rename(new, root)
+
+
+def soundscape(rng):
+    """(wave float64 (80000,), [(onset s, offset s, class)])"""
+    size = DEMO_SECONDS * RATE
+    tilt = np.arange(1, size // 2 + 2) ** -rng.uniform(0, 0.75)  # white to nearly pink
+    wave = np.fft.irfft(np.fft.rfft(rng.standard_normal(size)) * tilt, size)
+    wave *= 0.01 / wave.std()
+    events = []
+    for _ in range(rng.integers(1, 6)):
+        name = DEMO_CLASSES[rng.integers(len(DEMO_CLASSES))]
+        seconds = rng.uniform(0.5, 2.0)
+        onset = rng.uniform(0, DEMO_SECONDS - seconds)
+        sound = event(name, np.arange(int(seconds * RATE)) / RATE, rng)
+        fade = np.minimum(1, np.arange(len(sound)) / 160)      # 10 ms
+        sound *= fade * fade[::-1]
+        sound *= 0.01 * 10 ** (rng.uniform(6, 20) / 20) / sound.std()  # 6-20 dB over the noise
+        wave[int(onset * RATE):][:len(sound)] += sound
+        events.append((round(onset, 3), round(onset + seconds, 3), name))
+    return wave * min(1, 0.95 / np.abs(wave).max()), sorted(events)
+
+
+def event(name, t, rng):
+    """One sound of class `name` at the times t (s)."""
+    pitch = 300 * 2 ** rng.uniform(0, 3.5)                     # 300-3400 Hz
+    tone = lambda hz: np.sin(2 * np.pi * np.cumsum(hz) / RATE)  # noqa: E731
+    noise = rng.standard_normal(len(t))
+    if name in ("up", "down"):      # two octaves in 0.3-0.6 s, again and again
+        ramp = t / rng.uniform(0.3, 0.6) % 1
+        return tone(pitch * 2 ** (2 * (ramp if name == "up" else 1 - ramp)) / 2)
+    if name == "siren":             # slow swing over an octave
+        return tone(pitch * 2 ** (0.5 * np.sin(2 * np.pi * t * rng.uniform(0.8, 1.6))))
+    if name == "warble":            # fast swing over a third
+        return tone(pitch * 2 ** (0.17 * np.sin(2 * np.pi * t * rng.uniform(8, 14))))
+    if name == "beeps":             # a tone, on and off
+        return tone(pitch + 0 * t) * (t * rng.uniform(4, 8) % 1 < 0.5)
+    if name == "tremolo":           # a rough tone
+        return tone(pitch + 0 * t) * (1 + np.sin(2 * np.pi * t * rng.uniform(25, 45)))
+    if name == "bell":              # inharmonic partials that ring off
+        ring = np.exp(-(t % 0.5) * rng.uniform(6, 12))
+        return ring * sum(tone(pitch * p + 0 * t) for p in (1, 1.52, 2.13, 2.76))
+    if name == "buzz":              # all harmonics of a low voice
+        return 2 * (t * rng.uniform(90, 220) % 1) - 1
+    if name == "clicks":            # short impulses, irregular
+        return noise * np.exp(-(t * rng.uniform(9, 18) + rng.uniform(0, 1) % 1) % 1 * 25)
+    low = rng.uniform(300, 4000)    # hiss: steady noise of a band
+    spectrum = np.fft.rfft(noise)
+    hz = np.fft.rfftfreq(len(t), 1 / RATE)
+    return np.fft.irfft(spectrum * ((hz > low) & (hz < 2 * low)), len(t))
+
+
+def write_csv(file, rows):
+    with open(file + ".tmp", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows(rows)
+    os.replace(file + ".tmp", file)
+
+
+# ---------------------------------------------------------------------------------------------
+# audio -> waveform
+
+@functools.lru_cache(maxsize=16)
+def resampler(rate):
+    """torchaudio's windowed-sinc resampler to RATE; its kernel is made once per source rate."""
+    return torchaudio.transforms.Resample(rate, RATE)
+
+
+@functools.lru_cache(maxsize=2)
+def row_group(file, group, column):
+    return open_parquet(file).read_row_group(group, columns=[column]).column(column)
+
+
+def read_wave(source, start, seconds):
+    """float32 (seconds * RATE,): mean of channels, resampled, cropped or zero-padded at the end.
+
+    source: a path, or (parquet file, row group, row, column). Raises ValueError or soundfile's
+    own errors for what cannot be used."""
+    if isinstance(source, tuple):
+        file, group, row, column = source
+        source = io.BytesIO(row_group(file, group, column)[row].as_py()["bytes"])
+    with soundfile.SoundFile(source) as f:
+        if f.frames <= round(start * f.samplerate):
+            raise ValueError(f"it ends at {f.frames / f.samplerate:.2f} s, before its start")
+        f.seek(round(start * f.samplerate))
+        wave = f.read(math.ceil(seconds * f.samplerate), dtype="float32", always_2d=True)
+        rate = f.samplerate
+    if not len(wave):
+        raise ValueError("no samples could be decoded")
+    wave = torch.from_numpy(wave).mean(1)                                    # (samples,)
+    if not torch.isfinite(wave).all():
+        raise ValueError("samples that are not numbers (NaN or infinite)")
+    wave = wave if rate == RATE else resampler(rate)(wave)
+    size = round(seconds * RATE)
+    return F.pad(wave[:size], (0, max(0, size - len(wave))))
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Item k = (waves (B, samples), bad {row: reason}) of rows k*B ... k*B+B-1. A clip that cannot
+    be read is silence here, so that its neighbours see the same batch with or without it."""
+
+    def __init__(self, clips, seconds, size):
+        self.clips, self.seconds, self.size = clips, seconds, size
+
+    def __len__(self):
+        return -(-len(self.clips) // self.size)
+
+    def __getitem__(self, block):
+        rows = range(block * self.size, min((block + 1) * self.size, len(self.clips)))
+        waves, bad = torch.zeros(len(rows), round(self.seconds * RATE)), {}
+        for i, row in enumerate(rows):
+            try:
+                waves[i] = read_wave(self.clips[row]["source"], self.clips[row]["start"],
+                                     self.seconds)
+            except (ValueError, RuntimeError, OSError, EOFError) as e:
+                bad[row] = " ".join(str(e).split()) or type(e).__name__
+        return waves, bad
+
+
+# ---------------------------------------------------------------------------------------------
+# waveform -> spectrogram (time-major), batched, on any device
+
+@functools.lru_cache(maxsize=8)
+def mel_filters(bins, low, high, kind, device):
+    """(FFT // 2 + 1, bins) triangles. kaldi: slopes linear in mel, the Nyquist bin is left out;
+    htk: slopes linear in Hz [official code: torchaudio]."""
+    hz = torch.arange(FFT // 2 + 1, dtype=torch.float64) * RATE / FFT
+    mel = lambda f: 1127 * torch.log1p(torch.as_tensor(f, dtype=torch.float64) / 700)  # noqa: E731
+    edges = torch.linspace(mel(low), mel(high), bins + 2, dtype=torch.float64)
+    x = mel(hz)[:, None]
+    if kind == "htk":
+        edges, x = 700 * torch.expm1(edges / 1127), hz[:, None]
+    left, mid, right = edges[:-2], edges[1:-1], edges[2:]
+    weights = torch.minimum((x - left) / (mid - left), (right - x) / (right - mid)).clamp(min=0)
+    if kind == "kaldi":
+        weights[-1] = 0
+    return weights.float().to(device)
+
+
+def kaldi_fbank(waves, povey=False):
+    """Log-mel as torchaudio.compliance.kaldi.fbank with 128 bins: (B, samples) -> (B, T, 128),
+    T = 1 + (samples - 400) // 160. Window: symmetric Hann, to the power 0.85 for povey."""
+    frames = waves.unfold(-1, FRAME, HOP)                                    # (B, T, 400)
+    frames = frames - frames.mean(-1, keepdim=True)
+    before = torch.cat([frames[..., :1], frames[..., :-1]], -1)              # x[-1] := x[0]
+    window = torch.hann_window(FRAME, periodic=False, device=waves.device)
+    frames = (frames - 0.97 * before) * (window ** 0.85 if povey else window)
+    power = torch.view_as_real(torch.fft.rfft(frames, FFT)).square().sum(-1)  # (B, T, 257)
+    return (power @ mel_filters(128, 20, RATE / 2, "kaldi", waves.device)).clamp(LOG_FLOOR).log()
+
+
+def decibel_mel(waves):
+    """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The floor, 120 dB
+    below the maximum, is taken per clip: the usual torchaudio op takes it over the batch, so that
+    a quiet clip would depend on its neighbours."""
+    window = torch.hann_window(FFT, device=waves.device)
+    power = torch.stft(waves, FFT, HOP, window=window, center=True, pad_mode="reflect",
+                       return_complex=True).abs().square().transpose(1, 2)   # (B, T, 257)
+    mel = power @ mel_filters(64, 0, RATE / 2, "htk", waves.device)
+    mel = 10 * mel.clamp(1e-10).log10()
+    return torch.maximum(mel, mel.amax((1, 2), keepdim=True) - 120)
+
+
+# ---------------------------------------------------------------------------------------------
+# spectrogram -> tokens: one ViT for all the encoders
+
+class Attention(torch.nn.Module):
+    """Self-attention over (B, L, D); with a relative bias it has BEATs' gate per head and query."""
+
+    def __init__(self, D, heads, relative):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = torch.nn.Linear(D, 3 * D), torch.nn.Linear(D, D)
+        if relative:
+            self.grep = torch.nn.Linear(D // heads, 8)
+            self.grep_a = torch.nn.Parameter(torch.ones(heads))
+
+    def forward(self, x, bias):                                              # bias (H, L, L)
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d)
+        if bias is not None:
+            a, b = self.grep(q).view(B, self.heads, L, 2, 4).sum(-1).sigmoid().unbind(-1)
+            gate = a * (b * self.grep_a[:, None] - 1) + 2                    # (B, H, L)
+            bias = (gate[..., None] * bias).to(q.dtype)                      # (B, H, L, L)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))
+
+
+class Block(torch.nn.Module):
+    """Transformer block: pre-norm, or post-norm with the residual weighted by alpha."""
+
+    def __init__(self, D, heads, hidden, post, alpha, eps, relative):
+        super().__init__()
+        self.post, self.alpha = post, alpha
+        self.norm1, self.norm2 = (torch.nn.LayerNorm(D, eps) for _ in range(2))
+        self.attn = Attention(D, heads, relative)
+        self.mlp = torch.nn.ModuleDict({"fc1": torch.nn.Linear(D, hidden),
+                                        "fc2": torch.nn.Linear(hidden, D)})
+
+    def forward(self, x, bias):
+        mlp = lambda x: self.mlp.fc2(F.gelu(self.mlp.fc1(x)))  # exact (erf) GELU  # noqa: E731
+        if self.post:
+            x = self.norm1(self.alpha * x + self.attn(x, bias))
+            return self.norm2(self.alpha * x + mlp(x))
+        x = x + self.attn(self.norm1(x), bias)
+        return x + mlp(self.norm2(x))
+
+
+class ViT(torch.nn.Module):
+    """The six encoders in one: sizes come from the checkpoint's shapes (after `to_common`), the
+    rest from its family. forward: (B, T, mels) -> tokens (B, N, D), cls (B, D) or None."""
+
+    def __init__(self, shapes, family, norm=True):
+        super().__init__()
+        stem, _, *patch = shapes["patch.weight"]
+        D, hidden = shapes["blocks.0.norm1.weight"][0], shapes["blocks.0.mlp.fc1.weight"][0]
+        depth = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
+        heads = D // (80 if D == 1280 else 64)  # 1280: Dasheng 0.6B [official code]
+        relative, post = family == "beats", family in ("beats", "eat")
+        eps = 1e-5 if relative else 1e-6
+        alpha = (2 * depth) ** 0.25 if relative else 1                       # DeepNorm
+        self.patch = torch.nn.Conv2d(1, stem, patch, patch, bias=not relative)
+        if relative:
+            self.stem_norm, self.stem = torch.nn.LayerNorm(stem, eps), torch.nn.Linear(stem, D)
+            _, width, taps = shapes["conv_pos.weight"]
+            self.conv_pos = torch.nn.Conv1d(D, D, taps, padding=taps // 2, groups=D // width)
+            self.rel_bias = torch.nn.Parameter(torch.empty(shapes["rel_bias"]))
+        else:
+            self.pos = torch.nn.Parameter(torch.empty(shapes["pos"]))
+        if family not in ("beats", "dasheng"):
+            self.cls = torch.nn.Parameter(torch.empty(D))
+        if norm:  # before block 0 (post) or after the last (pre)
+            self.norm = torch.nn.LayerNorm(D, eps)
+        self.blocks = torch.nn.ModuleList(Block(D, heads, hidden, post, alpha, eps, relative)
+                                          for _ in range(depth))
+        self.post = post
+
+    def embed(self, spec):
+        """What enters block 0: (B, L, D)."""
+        x = self.patch(spec[:, None]).flatten(2).transpose(1, 2)       # (B, N, D), n = t*F+f
+        if hasattr(self, "stem"):
+            x = self.stem(self.stem_norm(x))
+            x = x + F.gelu(self.conv_pos(x.transpose(1, 2))[..., :-1]).transpose(1, 2)
+        if hasattr(self, "cls"):
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)            # (B, 1+N, D)
+        if hasattr(self, "pos"):
+            x = x + self.pos[:x.shape[1]]
+        return self.norm(x) if self.post else x
+
+    def forward(self, spec):
+        x = self.embed(spec)
+        bias = None
+        if hasattr(self, "rel_bias"):
+            bias = self.rel_bias[rel_bucket(x.shape[1], x.device)].permute(2, 0, 1)  # (H, L, L)
+        for block in self.blocks:
+            x = block(x, bias)
+        if not self.post and hasattr(self, "norm"):
+            x = self.norm(x)
+        return (x[:, 1:], x[:, 0]) if hasattr(self, "cls") else (x, None)
+
+
+@functools.lru_cache(maxsize=2)
+def rel_bucket(L, device, buckets=320, far=800):
+    """(L, L) bucket of j - i: exact below 80, logarithmic up to 800 [official code: BEATs cfg]."""
+    r = torch.arange(L)[None, :] - torch.arange(L)[:, None]
+    half, a = buckets // 2, r.abs()
+    exact = half // 2
+    log = exact + (a.clamp(1) / exact).log().div(math.log(far / exact)).mul(half - exact).long()
+    return (torch.where(a < exact, a, log.clamp(max=half - 1)) + half * (r > 0)).to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoint -> ViT
+
+PREFIXES = {"amae": ("encoder.",), "asit": ("module.", "backbone.", "v."), "beats": (),
+            "dasheng": ("encoder.",), "eat": ("model.", "modality_encoders.IMAGE.")}
+IGNORED = {  # heads, decoders and buffers that the tokens do not need
+    "amae": r"mask_token|decoder_|fc_norm\.|head\.", "asit": r"head_cls\.|head_recons\.|mlp_head\.",
+    "beats": r"predictor\.", "dasheng": r"front_end\.|outputlayer\.|.*num_batches_tracked",
+    "eat": r"decoder\.|recon_proj\.|shared_decoder\.|_ema|fc_norm\.|head\."}
+RENAMES = [  # official key -> ours, first match
+    (r"(patch_embed\.proj|local_encoder\.proj|patch_embedding)\.", "patch."),
+    (r"(cls_token|extra_tokens)$", "cls"),
+    (r"(pos_embed|fixed_positional_encoder\.positions)$", "pos"),
+    (r"(pre_norm|context_encoder\.norm|encoder\.layer_norm)\.", "norm."),
+    (r"layer_norm\.", "stem_norm."), (r"post_extract_proj\.", "stem."),
+    (r"encoder\.pos_conv\.0\.", "conv_pos."), (r"init_bn\.(1\.)?", "bn."),
+    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.", r"blocks.\1.norm1."),
+    (r"encoder\.layers\.(\d+)\.final_layer_norm\.", r"blocks.\1.norm2."),
+    (r"encoder\.layers\.(\d+)\.fc", r"blocks.\1.mlp.fc"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj", r"blocks.\1.attn.proj"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.grep_linear", r"blocks.\1.attn.grep"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.", r"blocks.\1.attn.")]
+
+
+def read_checkpoint(file):
+    """{key: tensor} of a safetensors file or a torch pickle (weights only: tensors, plain
+    containers, argparse.Namespace and paths, nothing that runs code). Raises Stop."""
+    try:
+        with open(file, "rb") as f:
+            head = f.read(9)
+            if len(head) == 9 and head[8:] == b"{":                          # safetensors
+                size = int.from_bytes(head[:8], "little")
+                f.seek(8)
+                layout = json.loads(f.read(size))
+                raw = bytearray(f.read())
+                kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                         "I64": torch.int64}
+                layout.pop("__metadata__", None)
+                tensors = {}
+                for key, entry in layout.items():
+                    begin, end = entry["data_offsets"]
+                    if end > len(raw):
+                        raise ValueError(f"it ends before {key}")
+                    tensors[key] = torch.frombuffer(
+                        raw[begin:end], dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+                return tensors
+        paths = [(kind, f"pathlib.{kind.__name__}") for kind in
+                 (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)]
+        with torch.serialization.safe_globals([argparse.Namespace, *paths]):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Stop(f"{file}: no such file; give --checkpoint the file you downloaded")
+    except Exception as e:  # every reader has its own errors for the same two causes
+        reason = " ".join(str(e).split())[:160]
+        raise Stop(f"{file}: not a whole checkpoint of plain tensors ({reason}); download it again")
+    for key in ("model", "teacher", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict):
+        raise Stop(f"{file}: holds a {type(state).__name__}, not a dict of tensors")
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}   # drops e.g. _ema
+
+
+def to_common(state, family):
+    """Official keys and layouts -> the ViT's: one fused qkv, cls as (D,), positions as rows whose
+    first is [cls]'s, time-major patch kernels, weight norm folded in."""
+    out = {}
+    for key, value in state.items():
+        while prefix := next((p for p in PREFIXES[family] if key.startswith(p)), ""):
+            key = key[len(prefix):]
+        if not re.match(IGNORED[family], key):
+            for old, new in RENAMES:
+                key, matched = re.subn("^" + old, new, key, count=1)
+                if matched:
+                    break
+            out[key] = value.float()
+    if "cls" in out:
+        out["cls"] = out["cls"].flatten()
+    if "pos" in out:
+        out["pos"] = out["pos"][0]                                           # (rows, D)
+        if family == "eat":  # official EAT adds no position to [cls]
+            out["pos"] = F.pad(out["pos"], (0, 0, 1, 0))
+    if family == "dasheng" and {"time_pos_embed", "freq_pos_embed", "patch.weight"} <= set(out):
+        out["pos"] = (out.pop("time_pos_embed") + out.pop("freq_pos_embed"))[0, :, 0].T
+        out["patch.weight"] = out["patch.weight"].transpose(2, 3)            # (D, 1, 4, 64)
+    if family == "beats":
+        for key in [k for k in out if k.endswith("relative_attention_bias.weight")]:
+            out["rel_bias"] = out.pop(key)                                   # same in every layer
+        if {"conv_pos.weight_g", "conv_pos.weight_v"} <= set(out):
+            v = out.pop("conv_pos.weight_v")
+            out["conv_pos.weight"] = out.pop("conv_pos.weight_g") * v / v.norm(dim=(0, 1),
+                                                                               keepdim=True)
+        for key in [k for k in out if ".attn.q_proj." in k]:
+            parts = [key.replace("q_proj", name) for name in ("q_proj", "k_proj", "v_proj")]
+            if all(p in out for p in parts):
+                out[key.replace("q_proj", "qkv")] = torch.cat([out.pop(p) for p in parts])
+        out |= {k: v.flatten() for k, v in out.items() if k.endswith("grep_a")}
+    return out
+
+
+def load_vit(state, family, norm, where):
+    """A ViT in eval mode from common keys; Stop lists what is missing, unexpected or misshapen."""
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    try:
+        with torch.device("meta"):
+            vit = ViT(shapes, family, norm)
+        wanted = {k: tuple(v.shape) for k, v in vit.state_dict().items()}
+        missing = sorted(set(wanted) - set(shapes))
+    except (KeyError, ValueError) as e:
+        wanted, missing = {}, [str(e).strip("'")]
+    odd = sorted(set(shapes) - set(wanted)) if wanted else []
+    bent = [f"{k} {shapes[k]} for {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]]
+    if missing or odd or bent:
+        lists = [f"{len(x)} {word} ({', '.join(x[:4])}{', ...' if len(x) > 4 else ''})"
+                 for x, word in ((missing, "missing"), (odd, "unexpected"), (bent, "misshapen")) if x]
+        raise Stop(f"{where}: not the checkpoint of this encoder, keys {', '.join(lists)}; check "
+                   f"--model and --checkpoint")
+    vit.load_state_dict(state, assign=True)
+    return vit.eval().requires_grad_(False)
+
+
+def random_state(seed=0, D=768, depth=12):
+    """EAT-base with seeded random weights, in common keys: what is left without pretraining [ours].
+    Positions are EAT's fixed sin-cos rows (t * 8 + f), the first half of the columns for f."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: 0.02 * torch.randn(shape, generator=g)  # noqa: E731
+    wave = lambda p: torch.cat([torch.sin(p), torch.cos(p)], -1)  # noqa: E731
+    omega = 10000 ** -(torch.arange(D // 4) / (D // 4))
+    t, f = torch.arange(768.0), torch.arange(8.0)
+    rows = torch.cat([wave(f[:, None] * omega).repeat(768, 1),
+                      wave(t[:, None] * omega).repeat_interleave(8, 0)], 1)  # (6144, D)
+    out = {"patch.weight": rand(D, 1, 16, 16), "patch.bias": torch.zeros(D), "cls": rand(D),
+           "pos": F.pad(rows, (0, 0, 1, 0)), "norm.weight": torch.ones(D),
+           "norm.bias": torch.zeros(D)}
+    for i in range(depth):
+        for name, shape in {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D),
+                            "mlp.fc2": (D, 4 * D), "norm1": (D,), "norm2": (D,)}.items():
+            out[f"blocks.{i}.{name}.weight"] = rand(*shape) if len(shape) == 2 else torch.ones(D)
+            out[f"blocks.{i}.{name}.bias"] = torch.zeros(shape[0])
+    return out
+
+
+def find_checkpoint(model, file):
+    """(path or None, {source, sha256} or None): the given file, or the official one, fetched once
+    into torch.hub's folder. Raises Stop."""
+    family, url, known, _, _ = MODELS[model]
+    if model in ("logmel", "random"):
+        if file:
+            raise Stop(f"--model {model} has no weights; leave --checkpoint out")
+        return None, None
+    by_hand = f"download it by hand and name it with --checkpoint FILE"
+    if not file:
+        if not url:
+            raise Stop(f"the weights of {model} have no address a script can fetch (the official "
+                       f"repository links to a cloud drive); {by_hand}")
+        file = os.path.join(torch.hub.get_dir(), "checkpoints", f"{model}-{os.path.basename(url)}")
+        if not os.path.exists(file):
+            print(f"fetching {url}", file=sys.stderr)
+            download(url, file, known, by_hand)
+    elif not os.path.isfile(file):
+        raise Stop(f"{file}: no such file; give --checkpoint the file you downloaded")
+    else:
+        url = file
+    sha256 = file_digest(file)
+    for other, (_, _, digest, _, _) in MODELS.items():
+        if digest == sha256 and other != model:
+            raise Stop(f"{file}: this is the official checkpoint of {other}; use --model {other}")
+    if known and sha256 != known:
+        if url != file:
+            raise Stop(f"{file}: sha256 {sha256} is not the official {known}; delete it and run "
+                       f"again")
+        print(f"note: {file} is not the official file of {model} byte for byte", file=sys.stderr)
+    return file, {"source": url, "sha256": sha256}
+
+
+class Encoder:
+    """Frozen encoder for clips of one length: encoder(waves (B, samples)) -> tokens (B, N, D),
+    cls (B, D) or None, N = T*F, tokens time-major.
+
+    Input length [official code]: A-MAE always 1024 frames; EAT, SSLAM, ASiT the clip's frames
+    rounded up to STEP; BEATs, logmel as they are; Dasheng in chunks of 1008. Padding is 0 in
+    log-mel before normalising, as upstream, and the token columns beyond STEP are dropped."""
+
+    def __init__(self, model, file=None, seconds=10.0, device="cpu", precision="fp32"):
+        self.family, _, _, self.stats, _ = MODELS[model]
+        self.device, self.half = device, precision == "fp16"
+        samples = round(seconds * RATE)
+        if samples < FRAME:
+            raise Stop(f"clips of {seconds} s are shorter than one frame (0.025 s)")
+        frames = 1 + (samples - FRAME) // HOP
+        padded = -(-frames // STEP) * STEP
+        self.frames = {"amae": 1024, "eat": padded, "asit": padded}.get(self.family, frames)
+        self.grid = (min(padded, self.frames) // 16, 8)                      # (T, F)
+        self.token_seconds, self.dim, self.cls, self.vit = 0.16, 256, False, None
+        if self.family == "logmel":
+            return
+        where = file or model
+        state = to_common(read_checkpoint(file), self.family) if file else random_state()
+        if self.family == "dasheng":
+            bn = {k: state.pop(f"bn.{k}", None) for k in ("weight", "bias", "running_mean",
+                                                          "running_var")}
+            if None in bn.values():
+                raise Stop(f"{where}: not the checkpoint of this encoder, no init_bn in it; check "
+                           f"--model and --checkpoint")
+            scale = bn["weight"] / (bn["running_var"] + 1e-5).sqrt()
+            self.scale, self.shift = scale.to(device), (bn["bias"] - bn["running_mean"] * scale
+                                                        ).to(device)
+            total = 1 + samples // HOP
+            self.grid, self.token_seconds = (sum(n // 4 for n in self.chunks(total)), 1), 0.04
+        if self.family == "asit" and "pos" in state:
+            state["pos"] = resize_rows(state["pos"], self.frames // 16)
+        norm = (self.family, model[-1]) != ("amae", "+")  # A-MAE+ ends in raw tokens
+        self.vit = load_vit(state, self.family, norm, where).to(device)
+        self.dim, self.cls = self.vit.blocks[0].norm1.weight.numel(), hasattr(self.vit, "cls")
+        limit = (len(state["pos"]) - self.cls) // 8 * 16 if self.cls else math.inf
+        if max(frames, self.frames) > limit:
+            raise Stop(f"clips of {seconds:g} s are {frames} frames; {model} has positions for "
+                       f"{limit} ({limit * HOP / RATE:.2f} s): lower the seconds in datasets.txt")
+
+    @staticmethod
+    def chunks(total):
+        return [min(CHUNK, total - i) for i in range(0, total, CHUNK)]
+
+    def spectrogram(self, waves):
+        """(B, samples) -> the network's input, normalised (B, frames, mels), fp32."""
+        if self.family == "dasheng":
+            return decibel_mel(waves) * self.scale + self.shift
+        if self.family == "beats":
+            spec = kaldi_fbank(waves * 2 ** 15, povey=True)
+        else:
+            spec = kaldi_fbank(waves - waves.mean(-1, keepdim=True))
+        spec = F.pad(spec, (0, 0, 0, self.frames - spec.shape[1]))
+        return (spec - self.stats[0]) / (2 * self.stats[1])
+
+    @torch.inference_mode()
+    def __call__(self, waves):
+        spec = self.spectrogram(waves.to(self.device))
+        if self.family == "logmel":  # a token is a 16 x 16 patch, flattened
+            T = self.grid[0]
+            patches = spec[:, :16 * T].unflatten(1, (T, 16)).unflatten(3, (8, 16))
+            return patches.transpose(2, 3).flatten(3).flatten(1, 2), None    # (B, T*8, 256)
+        with torch.autocast(self.device, torch.float16, enabled=self.half):
+            if self.family == "dasheng" and spec.shape[1] > CHUNK:
+                parts = [self.vit(F.pad(c, (0, 0, 0, CHUNK - c.shape[1])))[0][:, :c.shape[1] // 4]
+                         for c in spec.split(CHUNK, 1)]
+                return torch.cat(parts, 1), None
+            tokens, cls = self.vit(spec)
+        return tokens[:, :self.grid[0] * self.grid[1]], cls
+
+
+def resize_rows(pos, T, bands=8):
+    """ASiT's learned positions for T time columns: the middle of the table, or bilinear between
+    its rows where the clip is longer [AST's recipe, second hand]; row 0 is [cls]'s."""
+    table = pos[1:].T.reshape(1, pos.shape[1], -1, bands)                    # (1, D, T0, 8)
+    T0 = table.shape[2]
+    if T <= T0:
+        first = T0 // 2 - T // 2
+        table = table[:, :, first:first + T]
+    else:
+        table = F.interpolate(table, (T, bands), mode="bilinear", align_corners=False)
+    return torch.cat([pos[:1], table[0].flatten(1).T])
+
+
+# ---------------------------------------------------------------------------------------------
+# the dump
+
+def open_dump(folder, meta, clips, classes, events, encoder):
+    """Create tokens/<data>/<model>/ or check the one that is there; returns its meta.
+
+    meta.json comes last: a folder without it is not a dump. Raises Stop, naming what differs, if
+    the folder holds a dump made with other settings."""
+    file = os.path.join(folder, "meta.json")
+    if os.path.exists(file):
+        old = json.load(open(file, encoding="utf-8"))
+        for key in set(meta) - {"versions", "done", "complete", "block", "unreadable"}:
+            if old.get(key) != meta[key]:
+                raise Stop(f"{folder} was made with {key} {json.dumps(old.get(key))}, now it would "
+                           f"be {json.dumps(meta[key])}; --overwrite starts anew")
+        return old
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    shapes = {"tokens.npy": (len(clips), encoder.grid[0] * encoder.grid[1], encoder.dim),
+              "cls.npy": (len(clips), encoder.dim)}
+    for name, shape in shapes.items():
+        if name == "tokens.npy" or encoder.cls:
+            path = os.path.join(folder, name)
+            np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            if hasattr(os, "posix_fallocate"):  # claim the room now, not in the middle of the night
+                with open(path, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    write_clips(folder, clips, classes)
+    with open(os.path.join(folder, "classes.txt"), "w", encoding="utf-8") as f:
+        f.writelines(c + "\n" for c in classes)
+    if events:
+        write_csv(os.path.join(folder, "events.csv"), [("path", "onset", "offset", "label"), *events])
+    write_json(file, meta)
+    return meta
+
+
+def clip_rows(clips):
+    return [(c["path"], f"{c['start']:g}", c["split"], ";".join(sorted(c["labels"])))
+            for c in clips]
+
+
+def write_clips(folder, clips, classes):
+    labels = np.array([[c in clip["labels"] for c in classes] for clip in clips], np.uint8)
+    np.save(os.path.join(folder, "labels.npy"), labels.reshape(len(clips), len(classes)))
+    write_csv(os.path.join(folder, "clips.csv"),
+              [("path", "start", "split", "labels"), *clip_rows(clips)])
+
+
+def write_json(file, content):
+    with open(file + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1, ensure_ascii=False)
+    os.replace(file + ".tmp", file)
+
+
+def read_progress(folder):
+    """({finished block}, {unreadable row: reason}) from progress.<rank>, one JSON line per block;
+    a line that a kill cut short does not count."""
+    done, bad = set(), {}
+    for file in glob.glob(os.path.join(glob.escape(folder), "progress.*")):
+        for line in open(file, encoding="utf-8"):
+            if line.endswith("\n"):
+                block, reasons = json.loads(line)
+                done.add(block)
+                bad |= {int(row): reason for row, reason in reasons.items()}
+    return done, bad
+
+
+def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
+    """Encode this rank's unfinished blocks (every world-th) into the arrays, in order.
+
+    A block is recorded once its rows are on disk. Raises Stop for a clip whose tokens overflow
+    float16, and when more than most_bad clips are unreadable."""
+    size = meta["block"]
+    blocks = Blocks(clips, meta["seconds"], size)
+    done, bad = read_progress(folder)
+    todo = [b for b in range(len(blocks)) if b % world == rank and b not in done]
+    arrays = {}
+    for name in ("tokens.npy", "cls.npy") if encoder.cls else ("tokens.npy",):
+        view = np.load(os.path.join(folder, name), mmap_mode="r")
+        arrays[name] = open(view.filename, "r+b", buffering=0), view.offset, view[0].nbytes
+    loader = torch.utils.data.DataLoader(blocks, batch_size=None, sampler=todo,
+                                         num_workers=min(8, os.cpu_count()) if todo else 0)
+    bar = Progress(sum(min(size, len(clips) - b * size) for b in todo), "clips")
+    count, pending, synced = 0, [], time.time()
+    with open(os.path.join(folder, f"progress.{rank}"), "a", encoding="utf-8") as record:
+        for block, (waves, reasons) in zip(todo, loader):
+            bad |= reasons
+            if len(bad) > most_bad:
+                row, reason = next(iter(bad.items()))
+                raise Stop(f"{len(bad)} of {len(clips)} clips are unreadable, more than "
+                           f"{MAX_BAD:.0%} with the missing ones (the first is "
+                           f"{clips[row]['path']}: {reason}); mend them, or --allow-bad goes on")
+            for (name, (file, offset, stride)), output in zip(arrays.items(), encoder(waves)):
+                half = output.half()
+                odd = (~torch.isfinite(half)).flatten(1).any(1).nonzero().flatten().tolist()
+                if odd:
+                    raise Stop(f"{clips[block * size + odd[0]]['path']}: its {name[:-4]} overflow "
+                               f"float16; check the file and the checkpoint")
+                file.seek(offset + block * size * stride)
+                file.write(half.cpu().numpy().tobytes())
+            pending.append(json.dumps([block, reasons]) + "\n")
+            count += len(waves)
+            bar.show(count)
+            if time.time() - synced > RECORD_SECONDS or block == todo[-1]:
+                for file, _, _ in arrays.values():
+                    os.fsync(file.fileno())
+                record.writelines(pending)
+                record.flush()
+                pending, synced = [], time.time()
+                if rank == 0:
+                    record_done(folder, meta, len(clips))
+    bar.close()
+
+
+def record_done(folder, meta, clips):
+    """meta.json's `done`: all rows before it are final and on disk."""
+    finished, first = read_progress(folder)[0], 0
+    while first in finished:
+        first += 1
+    write_json(os.path.join(folder, "meta.json"),
+               meta | {"done": min(first * meta["block"], clips)})
+
+
+def finish_dump(folder, clips, classes, meta):
+    """Take unreadable clips out of the arrays and mark the dump complete; returns
+    {unreadable row: reason}. Killed at any moment, it can be done again."""
+    done, bad = read_progress(folder)
+    size = meta["block"]
+    left = -(-len(clips) // size) - len(done)
+    if left:
+        raise Stop(f"{folder}: {left} blocks of {size} clips are not done; run the same command "
+                   f"again")
+    good = [row for row in range(len(clips)) if row not in bad]
+    for name in ("tokens.npy", "cls.npy") if bad else ():
+        path = os.path.join(folder, name)
+        if os.path.exists(path) and len(np.load(path, mmap_mode="r")) > len(good):
+            old = np.load(path, mmap_mode="r")
+            room(folder, len(good) * old[0].nbytes, f"{path} without its unreadable clips")
+            new = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16,
+                                            (len(good), *old.shape[1:]))
+            for i in range(0, len(good), size):
+                new[i:i + size] = old[good[i:i + size]]
+            new.flush()
+            os.replace(path + ".tmp", path)
+    if bad:
+        write_clips(folder, [clips[row] for row in good], classes)
+    write_json(os.path.join(folder, "meta.json"), meta | {
+        "done": len(good), "complete": True,
+        "unreadable": [[clips[row]["path"], clips[row]["start"], bad[row]] for row in sorted(bad)]})
+    for file in glob.glob(os.path.join(glob.escape(folder), "progress.*")):
+        os.remove(file)
+    return bad
+
+
+def barrier(world):
+    """Wait for the other ranks of a torchrun; nothing to do alone. Raises Stop if one is gone."""
+    if world > 1:
+        try:
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+            torch.distributed.barrier()
+        except RuntimeError as e:
+            raise Stop(f"another rank stopped ({str(e)[:80]}); run the same command again")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what
+    parser.add_argument("--model", default="logmel", help=f"{' '.join(MODELS)} (default logmel)")
+    parser.add_argument("--data", default="demo", help="a name in datasets.txt (default demo)")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="weights you have (default: the official ones, downloaded once)")
+    parser.add_argument("--shots-seed", type=int, default=1, metavar="N",
+                        help="which few-shot subset, for lines with shots= (default 1)")
+    # how
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where there is one")
+    parser.add_argument("--precision", choices=("fp32", "fp16"),
+                        help="of the encoder's matmuls (default: fp16 on cuda, fp32 on cpu)")
+    # what to do about trouble
+    parser.add_argument("--allow-bad", action="store_true",
+                        help=f"go on with more than {MAX_BAD:.0%} of the clips missing or unreadable")
+    parser.add_argument("--overwrite", action="store_true", help="discard the dump that is there")
+    args = parser.parse_args()
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.model not in MODELS:
+        raise Stop(f"unknown model {args.model!r}; there are {' '.join(MODELS)}")
+    sets = read_datasets("datasets.txt")
+    if args.data not in sets:
+        raise Stop(f"unknown dataset {args.data!r}; datasets.txt has {' '.join(sets)}")
+    data, root = sets[args.data], os.path.join("data", args.data)
+    if args.device == "cpu" and args.precision == "fp16":
+        raise Stop("fp16 is slower than fp32 on a CPU; leave --precision out")
+    precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if rank > 0:
+        barrier(world)  # rank 0 fetches and lays out what there is to fetch and lay out
+    if not os.path.isdir(root):
+        if args.data == "demo":
+            make_demo(root)
+        elif data["urls"]:
+            fetch_dataset(root, data)
+        else:
+            raise Stop(f"{root} is not there; put the audio of {args.data} into it as the line in "
+                       f"datasets.txt and the comments above it describe")
+    clips, missing, classes, events = read_clips(root, data, args.shots_seed)
+    if os.path.exists(os.path.join(root, "events.csv")):
+        with open(os.path.join(root, "events.csv"), newline="", encoding="utf-8") as f:
+            events = [tuple(row) for row in csv.reader(f)][1:]
+    absent = sum(map(len, missing.values()))
+    most_bad = math.inf if args.allow_bad else MAX_BAD * (len(clips) + absent) - absent
+    if most_bad < 0 or not clips:
+        print_report(data, clips, missing, {}, classes)
+        first = next(iter(missing.values()))[0]
+        raise Stop(f"{root}: {absent} of {len(clips) + absent} clips are missing, the first is "
+                   f"{first}; put them there, or --allow-bad goes on with the others")
+
+    file, checkpoint = find_checkpoint(args.model, args.checkpoint)
+    encoder = Encoder(args.model, file, data["seconds"], args.device, precision)
+    (T, bands), folder = encoder.grid, os.path.join("tokens", args.data, args.model)
+    meta = {"data": args.data, "model": args.model, "task": data["task"], "grid": [T, bands],
+            "seconds": data["seconds"], "token_seconds": encoder.token_seconds,
+            "sample_rate": RATE, "dim": encoder.dim, "precision": precision,
+            "checkpoint": checkpoint, "dataset_lines": data["lines"],
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "torchaudio": torchaudio.__version__, "numpy": np.__version__,
+                         "soundfile": soundfile.__version__},
+            "clips": f"{len(clips)}, md5 "
+                     + hashlib.md5(repr(clip_rows(clips)).encode()).hexdigest()[:12],
+            "shots_seed": args.shots_seed, "block": BLOCK[args.device], "done": 0,
+            "complete": False}
+    for rule in data["rules"]:
+        if "prototypes" in rule:
+            meta["prototypes"] = int(rule["prototypes"])
+        if "names" in rule:
+            table = read_table(os.path.join(root, rule["names"]), {}, {})
+            meta["names"] = {row["mid"]: row["display_name"] for row in table}
+    if rank == 0:
+        if args.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        begun = os.path.exists(os.path.join(folder, "meta.json"))
+        size = len(clips) * (T * bands + encoder.cls) * encoder.dim * 2
+        print(f"{args.model} on {args.data}: {len(clips):,} clips of {data['seconds']:g} s -> "
+              f"{T} x {bands} tokens of {encoder.dim}, {size / 1e9:,.2f} GB in {folder} "
+              f"({shutil.disk_usage('.').free / 1e9:,.0f} GB free)")
+        print(f"{args.device}, {precision}, torch {torch.__version__}"
+              + (f", weights {checkpoint['source']}" if checkpoint else ""))
+        if not begun:
+            room(".", size, f"the dump {folder}")
+        meta = open_dump(folder, meta, clips, classes, events, encoder)
+        barrier(world)
+    else:
+        meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
+    if meta["complete"]:
+        print(f"{folder} is complete, nothing to do")
+        return
+    fill_dump(folder, encoder, clips, meta, rank, world, most_bad)
+    barrier(world)
+    if rank == 0:
+        bad = finish_dump(folder, clips, classes, meta)
+        print_report(data, clips, missing, bad, classes)
+        for row in sorted(bad):
+            print(f"unreadable: {clips[row]['path']}: {bad[row]}")
+        print(f"complete: {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stop as e:
+        sys.exit(print(f"extract.py: {e}", file=sys.stderr) or 2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(print(f"extract.py: no space left for {e.filename or 'the dump'}; make room and run the same "
+                       f"command again, nothing finished is lost", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nextract.py: stopped; the same command goes on here", file=sys.stderr) or 130)
