@@ -513,23 +513,24 @@ def room(folder, size, what):
 
 
 class Progress:
-    """One line on stderr, in place: done, rate, time left."""
+    """Done, rate and time left on stderr: one line in place, or one a minute into a log."""
 
     def __init__(self, total, unit, done=0):
         self.total, self.unit, self.first = total, unit, done
         self.begin = self.shown = time.time()
+        self.every, self.ends = (0.5, "\r\n") if sys.stderr.isatty() else (60, "\n")
 
     def show(self, done):
         now = time.time()
-        if now - self.shown > 0.5:
+        if now - self.shown > self.every:
             rate = (done - self.first) / (now - self.begin)
-            left = max(0, self.total - done) / max(rate, 1e-9)
-            print(f"\r{done:,.0f} / {self.total:,.0f} {self.unit}  {rate:,.1f} {self.unit}/s  "
-                  f"{datetime.timedelta(seconds=round(left))} left   ", end="", file=sys.stderr)
+            left = round(max(0, self.total - done) / max(rate, 1e-9))
+            print(f"{done:,.0f} / {self.total:,.0f} {self.unit}  {rate:,.1f} {self.unit}/s  "
+                  f"{datetime.timedelta(seconds=left)} left   ", end=self.ends[0], file=sys.stderr)
             self.shown = now
 
     def close(self):
-        if self.shown != self.begin:
+        if self.shown != self.begin and self.ends[0] == "\r":
             print(file=sys.stderr)
 
 

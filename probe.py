@@ -1,0 +1,878 @@
+"""Train ONE pooling head on the frozen tokens of a dump, with fixed hyperparameters.
+
+Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3. A head turns the token
+map of a clip into logits; protobin, the paper's, scores it by its best cosine with binary vectors.
+
+Reads    tokens/<data>/<model>/  tokens.npy float16 (clips, N, D), cls.npy float16 (clips, D) or
+         none, labels.npy uint8 (clips, C), clips.csv, classes.txt, meta.json (task grid complete)
+Writes   runs/<data>/<model>/<pool>/seed<k>/
+         logits.npy float32 (tested clips, C), rows.npy int64 (tested clips), head.pt, run.json,
+         and with --evidence evidence.npy float16 (tested clips, C, N)
+
+    python probe.py                                          # protobin on the newest dump
+    python probe.py --pool linear,mhca,protobin --data esc50 --model eat
+    python probe.py --pool protobin --valid --lr 0.003       # choose on `valid`, in runs_valid/
+
+Test labels are never read here: evaluate.py does the scoring. Each head below is one class that
+needs torch alone: copy the one you want.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import glob
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+import time
+
+import numpy as np
+import torch
+
+# ---------------------------------------------------------------------------------------------
+# constants: what, unit, source
+
+EPOCHS = 30         # passes over the training clips [paper]
+BATCH = 128         # clips [paper]
+SEEDS = 5           # runs of a head [paper]
+PROTOTYPES = 20     # per class; the line in datasets.txt may say otherwise (as20k: 10) [paper]
+GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]
+DECAY = 1e-4        # weight decay, linear weights only; inside the paper's 1e-5..5e-4 [ours]
+MEMORY = 0.6        # share of the free memory that resident tokens may take [ours]
+STALE = 3600        # seconds without a sign of life after which a claimed run is free [ours]
+
+# Peak learning rate of the cosine schedule. The paper searches one per head, encoder and dataset
+# (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it: these are [ours], fixed.
+LR = {"linear": 3e-3, "mean": 3e-3, "mlp": 3e-3, "linearc": 3e-3, "conv": 1e-3, "linpre": 1e-3,
+      "abmilp": 1e-3, "simpool": 1e-3, "ep": 1e-3, "mhca": 1e-3, "proto": 1e-2, "protofloat": 1e-2,
+      "protobin": 1e-2}
+
+
+class Stop(Exception):
+    """A mistake of the user's, told in one sentence; main() prints it and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------
+# heads: (D, C) in; tokens (B, N, D) float, cls (B, D) or None -> logits (B, C)
+#
+# evidence(tokens) -> (B, C, N), where it exists, is what each token added to each class's logit:
+# evidence.sum(-1) + constant() == logits. Heads without it mix tokens before a non-linearity or
+# never see them.
+
+class Linear(torch.nn.Module):
+    """Linear probe: W z + b, z = [cls], or the mean of the tokens where there is none.
+    D*C + C parameters. [paper]; no normalisation in front [ours: the paper's is not known]."""
+    wants = "cls"
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.linear = torch.nn.Linear(D, C)
+
+    def forward(self, tokens, cls=None):
+        return self.linear(tokens.mean(1) if cls is None else cls)
+
+
+class Mean(torch.nn.Module):
+    """Linear probe on the mean of the tokens: W mean_n x_n + b. D*C + C parameters. Not one of the
+    paper's eleven: it tells [cls] from pooling."""
+    wants = "tokens"
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.linear = torch.nn.Linear(D, C)
+
+    def forward(self, tokens, cls=None):
+        return self.linear(tokens.mean(1))
+
+    def evidence(self, tokens, cls=None):
+        return (tokens @ self.linear.weight.T).transpose(1, 2) / tokens.shape[1]
+
+    def constant(self):
+        return self.linear.bias
+
+
+class MLP(torch.nn.Module):
+    """W2 relu(W1 z + b1) + b2 on [cls], or the mean of the tokens where there is none.
+    D*h + h + h*C + C parameters. [paper]; h = 512 [official code: Bird-MAE]."""
+    wants = "cls"
+
+    def __init__(self, D, C, h=512):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(D, h), torch.nn.ReLU(),
+                                          torch.nn.Linear(h, C))
+
+    def forward(self, tokens, cls=None):
+        return self.layers(tokens.mean(1) if cls is None else cls)
+
+
+class LinearC(torch.nn.Module):
+    """Linear probe on [cls] and mean side by side: W [c; mean_n x_n] + b. 2*D*C + C parameters.
+    Reading of the paper's name 'linearc' [ours: no public definition]."""
+    wants = "both"
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.linear = torch.nn.Linear(2 * D, C)
+
+    def forward(self, tokens, cls=None):
+        mean = tokens.mean(1)
+        return self.linear(torch.cat([mean if cls is None else cls, mean], 1))  # (B, 2D)
+
+
+class Conv(torch.nn.Module):
+    """3 x 3 convolution to h channels over the T x F map, ReLU, mean, linear:
+    W mean_n relu(conv(x))_n + b. 9*D*h + h + h*C + C parameters. [ours: no public definition]."""
+    wants = "tokens"
+
+    def __init__(self, D, C, grid, h=256):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.conv = torch.nn.Conv2d(D, h, 3, padding=1)
+        self.linear = torch.nn.Linear(h, C)
+
+    def features(self, tokens):
+        maps = tokens.transpose(1, 2).unflatten(2, self.grid)                # (B, D, T, F)
+        return self.conv(maps).relu().flatten(2).transpose(1, 2)             # (B, N, h)
+
+    def forward(self, tokens, cls=None):
+        return self.linear(self.features(tokens).mean(1))
+
+    def evidence(self, tokens, cls=None):
+        maps = self.features(tokens)
+        return (maps @ self.linear.weight.T).transpose(1, 2) / maps.shape[1]
+
+    def constant(self):
+        return self.linear.bias
+
+
+class LinPre(torch.nn.Module):
+    """Frequency-preserving linear probe: the F tokens of a time step side by side, mean over
+    time: W mean_t [x_t1; ...; x_tF] + b. F*D*C + C parameters. Reading of the paper's name
+    'linpre' after Niizumi et al. [ours: no public definition]."""
+    wants = "tokens"
+
+    def __init__(self, D, C, grid):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.linear = torch.nn.Linear(grid[1] * D, C)
+
+    def forward(self, tokens, cls=None):
+        return self.linear(tokens.unflatten(1, self.grid).mean(1).flatten(1))
+
+    def evidence(self, tokens, cls=None):
+        weight = self.linear.weight.unflatten(1, (self.grid[1], -1))         # (C, F, D)
+        maps = torch.einsum("btfd,cfd->bctf", tokens.unflatten(1, self.grid), weight)
+        return maps.flatten(2) / self.grid[0]
+
+    def constant(self):
+        return self.linear.bias
+
+
+class ABMILP(torch.nn.Module):
+    """Attention-based MIL pooling: a = softmax_n(w . tanh(V x_n)), logits = W sum_n a_n x_n + b.
+    D^2 + D + D + 1 + D*C + C parameters. Ilse et al. 2018; depth 2, no self-attention in front
+    [official code: copies of the paper's heads]."""
+    wants = "tokens"
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.score = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Tanh(),
+                                         torch.nn.Linear(D, 1))
+        self.linear = torch.nn.Linear(D, C)
+
+    def forward(self, tokens, cls=None):
+        a = self.score(tokens).softmax(1)                                    # (B, N, 1)
+        return self.linear((a * tokens).sum(1))
+
+    def evidence(self, tokens, cls=None):
+        return (self.score(tokens).softmax(1) * (tokens @ self.linear.weight.T)).transpose(1, 2)
+
+    def constant(self):
+        return self.linear.bias
+
+
+class SimPool(torch.nn.Module):
+    """SimPool without projections: y = LN(x), a = softmax_n(mean(y) . y_n / sqrt(D)),
+    logits = W sum_n a_n y_n + b. 2*D + D*C + C parameters. Psomas et al., ICCV 2023; the variant
+    without W_q and W_k [official code: copies of the paper's heads; which one it used is open]."""
+    wants = "tokens"
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(D, 1e-6)
+        self.linear = torch.nn.Linear(D, C)
+
+    def attend(self, tokens):
+        y = self.norm(tokens)
+        a = (y @ y.mean(1)[:, :, None] / y.shape[2] ** 0.5).softmax(1)       # (B, N, 1)
+        return a, y
+
+    def forward(self, tokens, cls=None):
+        a, y = self.attend(tokens)
+        return self.linear((a * y).sum(1))
+
+    def evidence(self, tokens, cls=None):
+        a, y = self.attend(tokens)
+        return (a * (y @ self.linear.weight.T)).transpose(1, 2)
+
+    def constant(self):
+        return self.linear.bias
+
+
+class EP(torch.nn.Module):
+    """Efficient probing: Q learned queries attend to the raw tokens, a_q = softmax_n(u_q . x_n /
+    sqrt(D)); query q pools slice q of V = X W_V; the slices are joined and classified.
+    D^2 + Q*D + D*C + C parameters. Psomas et al., ICLR 2026; Q = 32 [official code].
+
+    (A X) W_V = A (X W_V), so the tokens are pooled first: the same numbers at 1/20 of the work."""
+    wants = "tokens"
+
+    def __init__(self, D, C, Q=32):
+        super().__init__()
+        if D % Q:
+            raise ValueError(f"ep needs a token width that {Q} divides, not {D}")
+        self.queries = torch.nn.Parameter(0.02 * torch.randn(Q, D))
+        self.value = torch.nn.Linear(D, D, bias=False)
+        self.linear = torch.nn.Linear(D, C)
+
+    def attend(self, tokens):
+        return (self.queries @ tokens.transpose(1, 2) / tokens.shape[2] ** 0.5).softmax(-1)
+
+    def forward(self, tokens, cls=None):
+        pooled = self.attend(tokens) @ tokens                                # (B, Q, D)
+        value = self.value.weight.unflatten(0, (len(self.queries), -1))      # (Q, D/Q, D)
+        return self.linear(torch.einsum("bqd,qed->bqe", pooled, value).flatten(1))
+
+    def evidence(self, tokens, cls=None):
+        Q = len(self.queries)
+        value = self.value.weight.unflatten(0, (Q, -1))                      # (Q, D/Q, D)
+        weight = torch.einsum("cqe,qed->qcd", self.linear.weight.unflatten(1, (Q, -1)), value)
+        a = self.attend(tokens)                                              # (B, Q, N)
+        return sum(a[:, q, None] * (weight[q] @ tokens.transpose(1, 2)) for q in range(Q))
+
+    def constant(self):
+        return self.linear.bias
+
+
+class MHCA(torch.nn.Module):
+    """Multi-head cross-attention with one learned query q (AIM's attentive probe): K = X W_K,
+    V = X W_V, per head softmax_n(q . k_n / sqrt(d)), no output projection, linear.
+    2*D^2 + D + D*C + C parameters. El-Nouby et al. 2024; heads of 64 (12 at D = 768)
+    [official code]; AIM's batch norm is left out [official code: copies of the paper's heads].
+
+    q . (W_K x) = (W_K' q) . x and pooling commutes with W_V: no token is ever projected."""
+    wants = "tokens"
+
+    def __init__(self, D, C):
+        super().__init__()
+        self.heads = D // 64 if D % 64 == 0 else 1
+        self.query = torch.nn.Parameter(0.02 * torch.randn(D))
+        self.key = torch.nn.Linear(D, D, bias=False)
+        self.value = torch.nn.Linear(D, D, bias=False)
+        self.linear = torch.nn.Linear(D, C)
+
+    def attend(self, tokens):
+        shape = (self.heads, -1)
+        query = torch.einsum("hed,he->hd", self.key.weight.unflatten(0, shape),
+                             self.query.unflatten(0, shape))                 # (H, D)
+        d = len(self.query) // self.heads
+        return (query @ tokens.transpose(1, 2) / d ** 0.5).softmax(-1)       # (B, H, N)
+
+    def forward(self, tokens, cls=None):
+        pooled = self.attend(tokens) @ tokens                                # (B, H, D)
+        value = self.value.weight.unflatten(0, (self.heads, -1))             # (H, d, D)
+        return self.linear(torch.einsum("bhd,hed->bhe", pooled, value).flatten(1))
+
+    def evidence(self, tokens, cls=None):
+        H = self.heads
+        value = self.value.weight.unflatten(0, (H, -1))                      # (H, d, D)
+        weight = torch.einsum("che,hed->hcd", self.linear.weight.unflatten(1, (H, -1)), value)
+        a = self.attend(tokens)
+        return sum(a[:, h, None] * (weight[h] @ tokens.transpose(1, 2)) for h in range(H))
+
+    def constant(self):
+        return self.linear.bias
+
+
+class Prototypes(torch.nn.Module):
+    """Best cosine of any token with each of K = M*C prototypes, then linear (paper section 3):
+
+        s_k = max_n cos(x_n, p_k),  logits = W s + b
+
+    protobin    p = sign(latent), +1 at 0, identity straight-through gradient, normalised after
+                it; shared by all classes, W dense. K*D + K*C + C parameters. [paper]
+    protofloat  the same without the sign (the paper's ablation).
+    proto       p = latent; relu(s), each class sees its own M prototypes, W >= 0 from 1, b from
+                -2, plus penalty(). K*D + K + C parameters. [official code: Bird-MAE], without its
+                x2 upsampling, focal subtraction and constants inside the cosine [ours].
+    """
+    wants = "tokens"
+
+    def __init__(self, D, C, M=20, kind="protobin"):
+        super().__init__()
+        K = M * C
+        self.kind = kind
+        self.prototypes = torch.nn.Parameter(torch.rand(K, D) if kind == "proto"
+                                             else 0.02 * torch.randn(K, D))
+        if kind == "proto":
+            self.weight = torch.nn.Parameter(torch.ones(C, M))
+            self.bias = torch.nn.Parameter(torch.full((C,), -2.0))
+        else:
+            self.linear = torch.nn.Linear(K, C)
+        self.register_buffer("score_mean", torch.zeros(K))  # over the training clips, for evidence
+
+    class MaxDot(torch.autograd.Function):
+        """tokens (B, N, D), p (K, D) -> max_n <x_n, p_k> and its n, both (B, K).
+
+        Exact, and no (B, N, K) tensor lives longer than one tile: the forward keeps the winner's
+        place, and the backward adds up the winners, dp_k = sum_b g_bk x_b,n(b,k). Tokens get no
+        gradient. On CUDA the search runs in half precision, the winner is scored in fp32."""
+
+        @staticmethod
+        def forward(ctx, tokens, p):
+            (B, N, D), K, cuda = tokens.shape, len(p), tokens.is_cuda
+            flat = tokens.reshape(B * N, D)
+            scores = flat.new_empty(K, B)
+            places = torch.empty(K, B, dtype=torch.long, device=flat.device)  # row of flat
+            fast = (flat.half(), p.half()) if cuda else (flat, p)
+            for k in range(0, K, 1024):                                      # stays in the cache
+                rows = slice(k, min(k + 1024, K))
+                step = max(1, (2 ** 27 if cuda else 2 ** 19) // ((rows.stop - k) * N))
+                for b in range(0, B, step):
+                    some = slice(b, min(b + step, B))
+                    tile = fast[1][rows] @ fast[0][b * N:some.stop * N].T    # (k, b*N)
+                    best, place = tile.unflatten(1, (-1, N)).max(-1)         # (k, b), one n in a tie
+                    place += torch.arange(b, some.stop, device=flat.device) * N
+                    places[rows, some] = place
+                    scores[rows, some] = best if not cuda else torch.einsum(
+                        "kbd,kd->kb", flat[place], p[rows])
+            ctx.save_for_backward(flat, places)
+            places = (places % N).T
+            ctx.mark_non_differentiable(places)
+            return scores.T, places
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            flat, places = ctx.saved_tensors
+            return None, torch.nn.functional.embedding_bag(
+                places, flat, mode="sum", per_sample_weights=grad.T.contiguous())
+
+    def similarity(self, tokens):
+        """(B, N, D) -> scores (B, K) and the winning token's n (B, K)."""
+        p = self.prototypes
+        if self.kind == "protobin":
+            sign = torch.where(p >= 0, 1.0, -1.0)  # torch.sign would make 0 of 0
+            p = sign + (p - p.detach())  # forward: exactly +-1; backward: identity
+        p = torch.nn.functional.normalize(p, dim=1)  # after the sign: keeps the projection term
+        return self.MaxDot.apply(torch.nn.functional.normalize(tokens, dim=2), p)
+
+    def classify(self, scores):
+        if self.kind != "proto":
+            return self.linear(scores)
+        scores = scores.relu().unflatten(1, self.weight.shape)               # (B, C, M)
+        return (scores * self.weight.relu()).sum(2) + self.bias
+
+    def forward(self, tokens, cls=None):
+        return self.classify(self.similarity(tokens)[0])
+
+    def penalty(self):
+        """proto: ||P_c P_c' - I||_F over the classes, per entry [official code: Bird-MAE]."""
+        if self.kind != "proto":
+            return 0
+        p = torch.nn.functional.normalize(self.prototypes, dim=1).unflatten(0, self.weight.shape)
+        gram = p @ p.transpose(1, 2) - torch.eye(p.shape[1], device=p.device)  # (C, M, M)
+        return gram.norm() / gram.numel()
+
+    def evidence(self, tokens, cls=None):
+        """The token that won prototype k is credited with W_ck (s_k - its training mean)."""
+        scores, places = self.similarity(tokens)
+        scores = scores.relu() if self.kind == "proto" else scores
+        (B, N, _), C = tokens.shape, len(self.constant())
+        out = tokens.new_zeros(B, N, C)
+        if self.kind == "proto":
+            M = self.weight.shape[1]
+            dense = torch.block_diag(*self.weight.relu()).T                  # (K, C)
+        else:
+            dense = self.linear.weight.T
+        for b in range(B):
+            out[b].index_add_(0, places[b], (scores[b] - self.score_mean)[:, None] * dense)
+        return out.transpose(1, 2)
+
+    def constant(self):
+        return self.classify(self.score_mean[None])[0]
+
+
+HEADS = {"linear": Linear, "mean": Mean, "mlp": MLP, "linearc": LinearC, "conv": Conv,
+         "linpre": LinPre, "abmilp": ABMILP, "simpool": SimPool, "ep": EP, "mhca": MHCA,
+         "proto": Prototypes, "protofloat": Prototypes, "protobin": Prototypes}
+
+
+def make_head(pool, D, C, grid, M=PROTOTYPES):
+    """A fresh head by name. Raises ValueError where the head cannot have this token width."""
+    more = {"conv": {"grid": grid}, "linpre": {"grid": grid}}.get(pool, {})
+    if HEADS[pool] is Prototypes:
+        more = {"M": M, "kind": pool}
+    return HEADS[pool](D, C, **more)
+
+
+def save_head(file, pool, D, C, grid, M, folds):
+    """head.pt: sizes and one state dict a fold; protobin's prototypes as bits, 1 for +1."""
+    states = {}
+    for fold, head in folds.items():
+        state = {k: v.detach().cpu().clone() for k, v in head.state_dict().items()}
+        if pool == "protobin":
+            bits = np.packbits(state["prototypes"].numpy() >= 0, axis=1)
+            state["prototypes"] = torch.from_numpy(bits)                     # (K, D/8) uint8
+        states[fold] = state
+    torch.save({"pool": pool, "D": D, "C": C, "grid": list(grid), "M": M, "folds": states}, file)
+
+
+def load_head(file, fold=None):
+    """The trained head of a head.pt (of its first fold, if it has several), ready to use."""
+    saved = torch.load(file, weights_only=True)
+    state = saved["folds"][fold or next(iter(saved["folds"]))]
+    if saved["pool"] == "protobin":
+        bits = np.unpackbits(state["prototypes"].numpy(), axis=1, count=saved["D"])
+        state["prototypes"] = torch.from_numpy(bits).float() * 2 - 1
+    head = make_head(saved["pool"], saved["D"], saved["C"], saved["grid"], saved["M"])
+    head.load_state_dict(state)
+    return head.eval()
+
+
+def asymmetric_loss(logits, labels):
+    """Ridnik et al. 2021: -mean[ y (1-p)^g+ log p + (1-y) (1-q)^g- log q ], q = min(1-p+m, 1)."""
+    p = logits.sigmoid()
+    q = (1 - p + MARGIN).clamp(max=1)
+    positive = labels * (1 - p) ** GAMMA_POS * p.clamp(1e-8).log()
+    negative = (1 - labels) * (1 - q) ** GAMMA_NEG * q.clamp(1e-8).log()
+    return -(positive + negative).mean()
+
+
+LOSSES = {"asl": asymmetric_loss,
+          "bce": torch.nn.functional.binary_cross_entropy_with_logits,
+          "ce": torch.nn.functional.cross_entropy}  # multi-hot rows of one 1 are class weights
+
+
+# ---------------------------------------------------------------------------------------------
+# tokens: resident where they fit, read ahead from the file where they do not
+
+class Store:
+    """Rows of tokens.npy (float16 (clips, N, D)) as batches on the device.
+
+    rows: those wanted again and again; they stay in memory if they take less than `budget` bytes.
+    All others come from the file by sorted reads, in threads, two batches ahead."""
+
+    def __init__(self, file, rows, device, budget):
+        self.file, self.device = file, device
+        array = np.load(file, mmap_mode="r")
+        self.shape, self.offset, self.stride = array.shape, array.offset, array[0].nbytes
+        self.fd = os.open(file, os.O_RDONLY)
+        self.pool = concurrent.futures.ThreadPoolExecutor(4)
+        self.slot = torch.full((len(array),), -1)
+        self.resident = None
+        if len(rows) * self.stride <= budget:
+            self.resident = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float16,
+                                        device=device)
+            for i in range(0, len(rows), 1024):
+                self.resident[i:i + 1024] = self.read(rows[i:i + 1024])
+            self.slot[rows] = torch.arange(len(rows))
+
+    def read(self, rows):
+        """(len(rows), N, D) float16 on the CPU, in the order asked for, read in the file's."""
+        out = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float16,
+                          pin_memory=self.device == "cuda")
+        view = memoryview(out.numpy()).cast("B")
+
+        def fetch(items):
+            for i, row in items:
+                done = 0
+                while done < self.stride:
+                    at = i * self.stride
+                    done += os.preadv(self.fd, [view[at + done:at + self.stride]],
+                                      self.offset + row * self.stride + done)
+        jobs = sorted(enumerate(rows.tolist()), key=lambda job: job[1])
+        share = -(-len(jobs) // 4)
+        list(self.pool.map(fetch, [jobs[i:i + share] for i in range(0, len(jobs), share)]))
+        return out
+
+    def batches(self, rows):
+        """Yield (rows of the batch, tokens (B, N, D) float32 on the device)."""
+        parts = rows.split(BATCH)
+        if self.resident is not None and bool((self.slot[rows] >= 0).all()):
+            slots = self.slot[rows].to(self.device).split(BATCH)
+            for part, slot in zip(parts, slots):
+                yield part, self.resident[slot].float()
+            return
+        with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+            jobs = [ahead.submit(self.read, part) for part in parts[:2]]
+            for i, part in enumerate(parts):
+                tokens = jobs.pop(0).result()
+                if i + 2 < len(parts):
+                    jobs.append(ahead.submit(self.read, parts[i + 2]))
+                yield part, tokens.to(self.device, non_blocking=True).float()
+
+
+class NoTokens:
+    """The store of heads that only want [cls]: batches of row numbers."""
+    resident = True
+
+    def batches(self, rows):
+        for part in rows.split(BATCH):
+            yield part, None
+
+
+def mean_of_tokens(store, rows):
+    """float16-exact stand-in for [cls]: (clips, D) float32, the mean over the tokens."""
+    out = torch.zeros(store.shape[0], store.shape[2])
+    for part, tokens in store.batches(rows):
+        out[part] = tokens.mean(1).cpu()
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# one run
+
+def train(head, store, cls, labels, rows, lr, loss, seed, alive):
+    """EPOCHS passes of AdamW with a cosine to zero, no warm-up; the last state is the result.
+
+    Returns (loss per epoch, seconds per epoch). Raises Stop if the loss is not finite."""
+    plain, decayed = [], []
+    for name, p in head.named_parameters():
+        (decayed if name.endswith("weight") and p.ndim == 2 else plain).append(p)
+    device = labels.device
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY},
+                                   {"params": plain, "weight_decay": 0}], lr=lr,
+                                  fused=device.type == "cuda")
+    steps = EPOCHS * -(-len(rows) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    shuffle = torch.Generator().manual_seed(seed)
+    losses, seconds = [], []
+    head.train()
+    for epoch in range(EPOCHS):
+        begin, total = time.time(), torch.zeros((), device=device)
+        order = rows[torch.randperm(len(rows), generator=shuffle)]
+        index = order.to(device).split(BATCH)
+        for (part, tokens), at in zip(store.batches(order), index):
+            value = LOSSES[loss](head(tokens, None if cls is None else cls[at]), labels[at])
+            objective = value + head.penalty() if hasattr(head, "penalty") else value
+            optimizer.zero_grad()
+            objective.backward()
+            optimizer.step()
+            schedule.step()
+            total += value.detach() * len(part)  # no .item() here: the GPU would wait every step
+        losses.append(total.item() / len(rows))
+        seconds.append(time.time() - begin)
+        alive(epoch, losses[-1], seconds[-1])
+        if not np.isfinite(losses[-1]):
+            raise Stop(f"the loss is {losses[-1]} in epoch {epoch + 1}: the tokens hold numbers "
+                       f"that are not finite, or the learning rate {lr} is too high")
+    head.eval()
+    return losses, seconds
+
+
+@torch.no_grad()
+def centre(head, store, rows):
+    """Set score_mean to the mean score of each prototype over the training clips."""
+    total = torch.zeros_like(head.score_mean)
+    for _, tokens in store.batches(rows):
+        scores = head.similarity(tokens)[0]
+        total += (scores.relu() if head.kind == "proto" else scores).sum(0)
+    head.score_mean.copy_(total / len(rows))
+
+
+def run(pool, seed, dump, store, cls, labels, args, folder):
+    """Train every fold, test each clip once, write the run; claimed by a .part folder, which is
+    renamed when all is in it. Returns False if the run is there or being made elsewhere."""
+    settings = {"pool": pool, "seed": seed, "lr": args.lr or LR[pool], "weight_decay": DECAY,
+                "loss": args.loss or ("asl" if dump["meta"]["task"] == "multi" else "ce"),
+                "epochs": EPOCHS, "batch": BATCH, "prototypes": dump["M"],
+                "split": "valid" if args.valid else "test", "dump": dump["meta"]}
+    if args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(os.path.join(folder, "run.json")):
+        old = json.load(open(os.path.join(folder, "run.json"), encoding="utf-8"))
+        differ = [k for k in settings if old.get(k) != settings[k]]
+        if differ:
+            raise Stop(f"{folder} was made with other settings ({', '.join(differ)}); "
+                       f"--overwrite makes it anew")
+        if not args.evidence or os.path.exists(os.path.join(folder, "evidence.npy")):
+            print(f"{folder} is there already")
+            return False
+        shutil.rmtree(folder)
+    part = folder + ".part"
+    if not claim(part):
+        print(f"{folder} is being made elsewhere, left alone")
+        return False
+    try:
+        C, (N, D) = labels.shape[1], dump["shape"][1:]
+        M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
+        heads, tested, logits, losses, seconds, evidence = {}, [], [], {}, [], []
+        begin = time.time()
+        for fold, (rows, test) in dump["folds"].items():
+            torch.manual_seed(seed)  # before the head: seeds draw the initialisation too
+            head = make_head(pool, D, C, grid, M).to(device)
+
+            def alive(epoch, loss, took):
+                os.utime(part)
+                name = f"{pool} seed {seed}" + (f" fold {fold}" if len(dump["folds"]) > 1 else "")
+                if sys.stderr.isatty():
+                    print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {loss:.5f}  {took:.2f} s",
+                          end="   \r", file=sys.stderr)
+            losses[fold], took = train(head, store, cls, labels, rows, settings["lr"],
+                                       settings["loss"], seed, alive)
+            seconds += took
+            with torch.no_grad():
+                if hasattr(head, "similarity"):
+                    centre(head, store, rows)
+                for batch, tokens in store.batches(test):
+                    z = None if cls is None else cls[batch.to(device)]
+                    logits.append(head(tokens, z).cpu().numpy())
+                    if args.evidence:
+                        evidence.append(head.evidence(tokens, z).half().cpu().numpy())
+            tested.append(test.numpy())
+            heads[fold] = head
+        logits = np.concatenate(logits).astype(np.float32)
+        if not np.isfinite(logits).all():
+            raise Stop(f"{dump['folder']}: some tested clip has tokens that are not finite")
+        np.save(os.path.join(part, "logits.npy"), logits)
+        np.save(os.path.join(part, "rows.npy"), np.concatenate(tested).astype(np.int64))
+        if args.evidence:
+            np.save(os.path.join(part, "evidence.npy"), np.concatenate(evidence))
+        save_head(os.path.join(part, "head.pt"), pool, D, C, grid, M, heads)
+        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                  * (1 if sys.platform == "darwin" else 1024))
+        extra = {"parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
+                 "seconds_per_epoch": sum(seconds) / len(seconds), "seconds": time.time() - begin,
+                 "peak_memory_bytes": memory, "device": device_name(device), "wants": head.wants,
+                 "cls": dump["cls_is"], "resident": store.resident is not None,
+                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                              "numpy": np.__version__}}
+        with open(os.path.join(part, "run.json"), "w", encoding="utf-8") as f:
+            json.dump(settings | extra, f, indent=1)
+        os.remove(os.path.join(part, "owner"))
+        os.rename(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    print(f"{pool:>10}  seed {seed}  {extra['parameters']:>10,} parameters  "
+          f"{extra['seconds_per_epoch']:.2f} s/epoch  loss {losses[fold][-1]:.5f}  -> {folder}")
+    return True
+
+
+def claim(part):
+    """Make the folder a run is written to, for this process alone; True if it is ours.
+
+    A claim whose process is gone (same machine), or that shows no sign of life for STALE seconds
+    (another machine), is taken over."""
+    owner = os.path.join(part, "owner")
+    me = f"{socket.gethostname()} {os.getpid()}"
+    os.makedirs(os.path.dirname(part), exist_ok=True)
+    if os.path.isdir(part):
+        try:
+            host, pid = open(owner).read().split()
+            dead = host == socket.gethostname() and not alive_pid(int(pid))
+        except (OSError, ValueError):
+            dead = False
+        if dead or time.time() - os.path.getmtime(part) > STALE:
+            shutil.rmtree(part, ignore_errors=True)
+    try:
+        os.mkdir(part)
+    except FileExistsError:
+        return False
+    with open(owner, "w") as f:
+        f.write(me)
+    return True
+
+
+def alive_pid(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------
+# the dump
+
+def newest_dump(data, model):
+    """The newest complete tokens/<data>/<model>, either name left open. Raises Stop."""
+    found = []
+    for file in glob.glob(os.path.join("tokens", data or "*", model or "*", "meta.json")):
+        try:
+            if json.load(open(file, encoding="utf-8"))["complete"]:
+                found.append((os.path.getmtime(file), os.path.dirname(file)))
+        except (OSError, ValueError, KeyError):
+            continue
+    if not found:
+        raise Stop(f"no complete dump in tokens/{data or '*'}/{model or '*'}; make one with "
+                   f"python extract.py" + (f" --data {data}" if data else "")
+                   + (f" --model {model}" if model else ""))
+    return max(found)[1]
+
+
+def open_dump(folder, valid):
+    """dict: folder, meta, shape (clips, N, D), labels (clips, C), M, folds {name: (train rows,
+    tested rows)}. With a `test` split one fold, train + valid -> test (or, to choose settings,
+    train -> valid); without one each split is a fold. Raises Stop for what does not fit."""
+    def load(name):
+        try:
+            return np.load(os.path.join(folder, name), mmap_mode="r")
+        except (OSError, ValueError) as e:
+            raise Stop(f"{folder}/{name} cannot be read ({e}); extract the tokens again")
+    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+        meta = json.load(f)
+    absent = {"task", "grid", "complete"} - set(meta)
+    if absent:
+        raise Stop(f"{folder}/meta.json lacks {' '.join(sorted(absent))}")
+    tokens, labels = load("tokens.npy"), load("labels.npy")
+    try:
+        with open(os.path.join(folder, "clips.csv"), newline="", encoding="utf-8") as f:
+            splits = [row["split"] for row in csv.DictReader(f)]
+    except (OSError, KeyError) as e:
+        raise Stop(f"{folder}/clips.csv cannot be read ({e}); its header is "
+                   f"path,start,split,labels")
+    if not tokens.ndim == 3 or not len(tokens) == len(labels) == len(splits):
+        raise Stop(f"{folder}: tokens.npy {tokens.shape}, labels.npy {labels.shape} and clips.csv "
+                   f"({len(splits)} rows) do not belong together; extract the tokens again")
+    if tokens.dtype != np.float16:
+        raise Stop(f"{folder}/tokens.npy is {tokens.dtype}; save it as float16")
+    if tokens.shape[1] != meta["grid"][0] * meta["grid"][1]:
+        raise Stop(f"{folder}: {tokens.shape[1]} tokens a clip and grid {meta['grid']} in "
+                   f"meta.json do not agree")
+    rows = {s: torch.tensor([i for i, x in enumerate(splits) if x == s])
+            for s in dict.fromkeys(splits)}
+    if valid:
+        if not {"train", "valid"} <= set(rows):
+            raise Stop(f"{folder} has the splits {' '.join(rows)}; --valid needs train and valid")
+        folds = {"valid": (rows["train"], rows["valid"])}
+    elif "test" in rows:
+        chosen = [rows[s] for s in ("train", "valid") if s in rows]
+        if not chosen:
+            raise Stop(f"{folder} has the splits {' '.join(rows)}; there is nothing to train on")
+        folds = {"test": (torch.cat(chosen).sort().values, rows["test"])}
+    elif len(rows) > 1:
+        folds = {s: (torch.cat([rows[o] for o in rows if o != s]).sort().values, rows[s])
+                 for s in sorted(rows)}
+    else:
+        raise Stop(f"{folder} has one split only ({' '.join(rows)}); name some clips test, or "
+                   f"give them folds")
+    return {"folder": folder, "meta": meta, "shape": tokens.shape, "labels": labels,
+            "M": meta.get("prototypes", PROTOTYPES), "folds": folds}
+
+
+def free_memory(device):
+    """Bytes: of the GPU, or of the machine without what other programs hold."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = dict(line.split(":") for line in open("/proc/meminfo"))
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what
+    parser.add_argument("--pool", default="protobin", metavar="NAME[,NAME...]",
+                        help=f"all, or of {' '.join(HEADS)} (default protobin)")
+    parser.add_argument("--data", help="dataset (default: of the newest complete dump)")
+    parser.add_argument("--model", help="encoder (default: of the newest complete dump)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N",
+                        help=f"runs, with seeds 0 to N-1 (default {SEEDS})")
+    parser.add_argument("--evidence", action="store_true",
+                        help="also write what each token added to each logit")
+    # to choose settings
+    parser.add_argument("--valid", action="store_true",
+                        help="train on train, test on valid, write below runs_valid/")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: per head)")
+    parser.add_argument("--loss", choices=tuple(LOSSES),
+                        help="default: asl for multi, ce for single")
+    # how
+    parser.add_argument("--runs", metavar="DIR", help="default runs, with --valid runs_valid")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where there is one")
+    parser.add_argument("--memory", type=float, metavar="GB",
+                        help=f"for resident tokens (default: {MEMORY:.0%} of what is free)")
+    parser.add_argument("--overwrite", action="store_true", help="make runs that are there anew")
+    args = parser.parse_args()
+
+    pools = list(HEADS) if args.pool == "all" else args.pool.split(",")
+    for pool in pools:
+        if pool not in HEADS:
+            raise Stop(f"unknown head {pool!r}; there are {' '.join(HEADS)}")
+        if args.evidence and not hasattr(HEADS[pool], "evidence"):
+            raise Stop(f"{pool} has no evidence: its logits are not a sum over tokens; leave "
+                       f"--evidence out")
+    if args.seeds < 1:
+        raise Stop("--seeds must be 1 or more")
+    dump = open_dump(folder := newest_dump(args.data, args.model), args.valid)
+    meta = dump["meta"]
+    runs = args.runs or ("runs_valid" if args.valid else "runs")
+    root = os.path.join(runs, *folder.split(os.sep)[-2:])
+    clips, N, D = dump["shape"]
+    print(f"{folder}: {clips:,} clips, {N} tokens of {D}, {dump['labels'].shape[1]} classes, "
+          f"{meta['task']}; " + ", ".join(f"{len(a):,} -> {len(b):,} ({s})"
+                                          for s, (a, b) in dump["folds"].items()))
+    device = torch.device(args.device)
+    wanted = torch.cat([a for a, _ in dump["folds"].values()]).unique()
+    every = torch.cat([wanted, *(b for _, b in dump["folds"].values())]).unique()
+    labels = torch.zeros(clips, dump["labels"].shape[1])
+    labels[wanted] = torch.from_numpy(dump["labels"][wanted.numpy()]).float()  # no test label
+    labels = labels.to(device)
+    wants = {HEADS[pool].wants for pool in pools}
+    budget = args.memory * 1e9 if args.memory is not None else MEMORY * free_memory(args.device)
+    cls_file, store = os.path.join(folder, "cls.npy"), None
+    if wants != {"cls"} or not os.path.exists(cls_file):
+        store = Store(os.path.join(folder, "tokens.npy"), wanted, args.device,
+                      budget if wants != {"cls"} else 0)
+    cls, dump["cls_is"] = None, None
+    if wants & {"cls", "both"}:
+        if os.path.exists(cls_file):
+            cls, dump["cls_is"] = torch.from_numpy(np.load(cls_file)).float(), "[cls]"
+        else:
+            cls, dump["cls_is"] = mean_of_tokens(store, every), "mean of tokens (no [cls])"
+            print("this encoder has no [cls]: linear, mlp and linearc use the mean of the tokens")
+        cls = cls.to(device)
+    if store:
+        print(f"{device_name(device)}; training tokens "
+              + ("resident" if store.resident is not None else "read from the file") + ", "
+              f"{len(wanted) * store.stride / 1e9:.2f} GB")
+    failed = []
+    for pool in pools:
+        only_cls = HEADS[pool].wants == "cls"
+        for seed in range(args.seeds):
+            try:
+                run(pool, seed, dump, NoTokens() if only_cls else store,
+                    None if HEADS[pool].wants == "tokens" else cls, labels, args,
+                    os.path.join(root, pool, f"seed{seed}"))
+            except (Stop, ValueError, torch.OutOfMemoryError) as e:
+                failed.append(f"{pool} seed {seed}: {e}")
+                break
+    if failed:
+        raise Stop("; ".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stop as e:
+        sys.exit(print(f"probe.py: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nprobe.py: stopped; finished runs are kept", file=sys.stderr) or 130)
