@@ -731,7 +731,7 @@ def open_dump(folder, valid):
     def load(name):
         try:
             return np.load(os.path.join(folder, name), mmap_mode="r")
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError) as e:
             raise Stop(f"{folder}/{name} cannot be read ({e}); extract the tokens again")
     with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
         meta = json.load(f)

@@ -1,0 +1,493 @@
+"""probe.py: each head against a slow, obvious second implementation, the training protocol, the
+token store, and what happens when something is wrong."""
+
+import inspect
+import json
+import math
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import planted, refused, script, start, write_dump
+
+import probe
+
+B, T, FREQ, D, C, M = 3, 5, 4, 64, 6, 3
+N, GRID = T * FREQ, (T, FREQ)
+
+
+@pytest.fixture
+def clips():
+    torch.manual_seed(0)
+    return torch.randn(B, N, D), torch.randn(B, D)
+
+
+def softmax(x):
+    e = [math.exp(v - max(x)) for v in x]
+    return [v / sum(e) for v in e]
+
+
+# slow second implementations: one clip, plain loops, gradients by autograd
+
+def slow_linear(h, x, c):
+    return h.linear.weight @ c + h.linear.bias
+
+
+def slow_mean(h, x, c):
+    return h.linear.weight @ (sum(x) / len(x)) + h.linear.bias
+
+
+def slow_mlp(h, x, c):
+    one, _, two = h.layers
+    return two.weight @ torch.clamp(one.weight @ c + one.bias, min=0) + two.bias
+
+
+def slow_linearc(h, x, c):
+    return h.linear.weight[:, :D] @ c + h.linear.weight[:, D:] @ (sum(x) / len(x)) + h.linear.bias
+
+
+def slow_conv(h, x, c):
+    w, total = h.conv.weight, 0
+    for t in range(T):
+        for f in range(FREQ):
+            value = h.conv.bias
+            for i in (-1, 0, 1):
+                for j in (-1, 0, 1):
+                    if 0 <= t + i < T and 0 <= f + j < FREQ:
+                        value = value + w[:, :, 1 + i, 1 + j] @ x[(t + i) * FREQ + f + j]
+            total = total + torch.clamp(value, min=0)
+    return h.linear.weight @ (total / N) + h.linear.bias
+
+
+def slow_linpre(h, x, c):
+    steps = [torch.cat([x[t * FREQ + f] for f in range(FREQ)]) for t in range(T)]
+    return h.linear.weight @ (sum(steps) / T) + h.linear.bias
+
+
+def pool(weights, values):
+    return sum(w * v for w, v in zip(weights, values))
+
+
+def slow_abmilp(h, x, c):
+    one, _, two = h.score
+    u = torch.stack([(two.weight @ torch.tanh(one.weight @ v + one.bias) + two.bias)[0] for v in x])
+    return h.linear.weight @ pool(u.softmax(0), x) + h.linear.bias
+
+
+def slow_simpool(h, x, c):
+    def norm(v):
+        return (v - v.mean()) / (v.var(unbiased=False) + 1e-6).sqrt() * h.norm.weight + h.norm.bias
+    y = [norm(v) for v in x]
+    q = sum(y) / len(y)
+    a = torch.stack([q @ v / D ** 0.5 for v in y]).softmax(0)
+    return h.linear.weight @ pool(a, y) + h.linear.bias
+
+
+def slow_ep(h, x, c):
+    Q = len(h.queries)
+    values, parts = [h.value.weight @ v for v in x], []
+    for q in range(Q):
+        a = torch.stack([h.queries[q] @ v / D ** 0.5 for v in x]).softmax(0)
+        parts.append(pool(a, [v[q * D // Q:(q + 1) * D // Q] for v in values]))
+    return h.linear.weight @ torch.cat(parts) + h.linear.bias
+
+
+def slow_mhca(h, x, c):
+    d, parts = D // h.heads, []
+    for i in range(h.heads):
+        at = slice(i * d, (i + 1) * d)
+        keys = [(h.key.weight @ v)[at] for v in x]
+        a = torch.stack([h.query[at] @ k / d ** 0.5 for k in keys]).softmax(0)
+        parts.append(pool(a, [(h.value.weight @ v)[at] for v in x]))
+    return h.linear.weight @ torch.cat(parts) + h.linear.bias
+
+
+def slow_prototypes(h, x, c):
+    p = h.prototypes
+    if h.kind == "protobin":
+        b = torch.where(p >= 0, torch.ones_like(p), -torch.ones_like(p))
+        p = b + p - p.detach()
+    s = []
+    for k in range(len(p)):
+        cosines = torch.stack([v @ p[k] / (v.norm() * p[k].norm()) for v in x])
+        s.append(cosines.max())
+    s = torch.stack(s)
+    if h.kind != "proto":
+        return h.linear.weight @ s + h.linear.bias
+    return torch.stack([sum(torch.clamp(h.weight[j, m], min=0) * torch.clamp(s[j * M + m], min=0)
+                            for m in range(M)) + h.bias[j] for j in range(C)])
+
+
+SLOW = {name: globals()[f"slow_{name}"] for name in probe.HEADS if f"slow_{name}" in globals()}
+SLOW |= dict.fromkeys(("proto", "protofloat", "protobin"), slow_prototypes)
+
+
+def fresh(name):
+    torch.manual_seed(1)
+    head = probe.make_head(name, D, C, GRID, M)
+    if name == "proto":  # signs of both kinds, so that its two relus matter
+        head.weight.data = torch.randn(C, M)
+        head.prototypes.data = torch.randn(M * C, D)
+    return head
+
+
+@pytest.mark.parametrize("name", probe.HEADS)
+def test_head_equals_slow_implementation(name, clips):
+    tokens, cls = clips
+    head = fresh(name)
+    logits = head(tokens, cls)
+    g = torch.randn(B, C)
+    (logits * g).sum().backward()
+    fast = {k: p.grad.clone() for k, p in head.named_parameters()}
+    head.zero_grad()
+    slow = torch.stack([SLOW[name](head, list(x), c) for x, c in zip(tokens, cls)])
+    (slow * g).sum().backward()
+    torch.testing.assert_close(logits, slow, rtol=1e-4, atol=1e-5)
+    for k, p in head.named_parameters():
+        assert p.grad.abs().max() > 0, f"{k} gets no gradient"
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(fast[k], p.grad, rtol=0, atol=1e-5 * max(1, scale))
+
+
+@pytest.mark.parametrize("kind", ("protobin", "protofloat", "proto"))
+@pytest.mark.parametrize("K,tokens_per_clip", ((40, 31), (2500, 7)))
+def test_similarity_gradient_equals_naive_graph(kind, K, tokens_per_clip, monkeypatch):
+    """Against normalise + matmul + max + autograd in double precision, 1e-6 relative, over several
+    tiles; the projection term of normalising after the sign is part of it."""
+    torch.manual_seed(0)
+    x = torch.randn(40, tokens_per_clip, 96)
+    head = probe.Prototypes(96, 10, K // 10, kind)
+    head.prototypes.data[0, 0] = 0  # the sign of zero is +1
+    g = torch.randn(40, K)
+    head.double()
+    s, places = head.similarity(x.double())
+    (s * g).sum().backward()
+    p = head.prototypes.detach().clone().requires_grad_()
+    b = torch.where(p >= 0, 1.0, -1.0) + p - p.detach() if kind == "protobin" else p
+    naive = (torch.nn.functional.normalize(x.double(), dim=2)
+             @ torch.nn.functional.normalize(b, dim=1).T).max(1)
+    (naive.values * g).sum().backward()
+    assert torch.equal(places, naive.indices)
+    torch.testing.assert_close(s, naive.values, rtol=1e-9, atol=1e-12)
+    error = (head.prototypes.grad - p.grad).norm() / p.grad.norm()
+    assert error < 1e-6, error
+    if kind == "protobin":  # without the projection term it would be another gradient
+        flat = b.detach() / 96 ** 0.5
+        along = (p.grad * flat).sum(1).abs().max()
+        assert along < 1e-9 and p.grad.norm() > 1
+
+
+def test_no_similarity_tensor_is_kept():
+    """What autograd saves is the tokens and the winners' places, never (B, N, K)."""
+    head = probe.Prototypes(32, 50, 20)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t,
+                                                  lambda t: t):
+        head(torch.randn(8, 64, 32))
+    assert max(saved) < 8 * 64 * 1000 / 10, saved
+
+
+@pytest.mark.parametrize("name", probe.HEADS)
+def test_token_order_and_batch_of_one(name, clips):
+    tokens, cls = clips
+    head = fresh(name).eval()
+    with torch.no_grad():
+        logits = head(tokens, cls)
+        assert head(tokens[:1], cls[:1]).shape == (1, C)
+        torch.testing.assert_close(head(tokens[:1], cls[:1])[0], logits[0], rtol=1e-4, atol=1e-5)
+        shuffled = head(tokens[:, torch.randperm(N)], cls)
+        same = torch.allclose(shuffled, logits, rtol=1e-4, atol=1e-5)
+    assert same == (name not in ("conv", "linpre"))
+
+
+@pytest.mark.parametrize("name", [n for n in probe.HEADS if hasattr(probe.HEADS[n], "evidence")])
+def test_evidence_adds_up_to_the_logit(name, clips):
+    tokens, cls = clips
+    head = fresh(name).eval()
+    with torch.no_grad():
+        if hasattr(head, "score_mean"):
+            head.score_mean.copy_(head.similarity(tokens)[0].relu().mean(0))
+        evidence = head.evidence(tokens, cls)
+        assert evidence.shape == (B, C, N)
+        torch.testing.assert_close(evidence.sum(-1) + head.constant(), head(tokens, cls),
+                                   rtol=0, atol=1e-4)
+        # a token's evidence sits at its own place
+        moved = head.evidence(tokens.roll(1, 1), cls)
+    if name not in ("conv", "linpre"):
+        torch.testing.assert_close(moved, evidence.roll(1, 2), rtol=0, atol=1e-4)
+
+
+def test_heads_without_evidence():
+    assert {n for n in probe.HEADS if not hasattr(probe.HEADS[n], "evidence")} == {
+        "linear", "mlp", "linearc"}
+
+
+# D*C + C and so on, counted by hand for D = 768, N = 64 x 8
+COUNTS = {
+    "linear": (7690, 38450, 153800, 405263), "mean": (7690, 38450, 153800, 405263),
+    "mlp": (398858, 419378, 496328, 664079), "linearc": (15370, 76850, 307400, 809999),
+    "linpre": (61450, 307250, 1229000, 3238415), "abmilp": (599051, 629811, 745161, 996624),
+    "simpool": (9226, 39986, 155336, 406799), "ep": (622090, 652850, 768200, 1019663),
+    "mhca": (1188106, 1218866, 1334216, 1585679),
+    "proto": (153810, 769050, 3076200, 8105787),
+    "protofloat": (155610, 818050, 3872200, 13649827),
+    "protobin": (155610, 818050, 3872200, 13649827)}
+
+
+@pytest.mark.parametrize("name", probe.HEADS)
+def test_parameter_counts(name):
+    for classes, count in zip((10, 50, 200, 527), COUNTS.get(name, ())):
+        head = probe.make_head(name, 768, classes, (64, 8), 20)
+        assert sum(p.numel() for p in head.parameters()) == count
+    if name == "conv":  # our own: 9*D*h + h + h*C + C, h = 256
+        head = probe.make_head(name, 768, 10, (64, 8), 20)
+        assert sum(p.numel() for p in head.parameters()) == 9 * 768 * 256 + 256 + 2560 + 10
+    if name == "protobin":  # as20k: ten prototypes a class
+        head = probe.make_head(name, 768, 527, (64, 8), 10)
+        assert sum(p.numel() for p in head.parameters()) == 6825177
+
+
+@pytest.mark.parametrize("name", probe.HEADS)
+def test_head_pasted_alone(name, clips):
+    """The class's source in a namespace that holds torch and nothing else."""
+    space = {"torch": torch}
+    exec(inspect.getsource(probe.HEADS[name]), space)
+    more = {"conv": {"grid": GRID}, "linpre": {"grid": GRID}}.get(name, {})
+    if probe.HEADS[name] is probe.Prototypes:
+        more = {"M": M, "kind": name}
+    head = space[probe.HEADS[name].__name__](D, C, **more)
+    tokens, cls = clips
+    head(tokens, cls).square().sum().backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+def test_protobin_is_exactly_binary_and_starts_small():
+    torch.manual_seed(0)
+    head = probe.Prototypes(256, 10, 20)
+    assert abs(head.prototypes.std().item() - 0.02) < 1e-3
+    x = torch.randn(2, 9, 256)
+    s, _ = head.similarity(x)
+    signs = torch.where(head.prototypes >= 0, 1.0, -1.0)
+    assert torch.equal(s, head.MaxDot.apply(torch.nn.functional.normalize(x, dim=2),
+                                            torch.nn.functional.normalize(signs, dim=1))[0])
+
+
+def test_proto_penalty():
+    head = probe.Prototypes(16, 3, 4, "proto")
+    total = 0
+    for c in range(3):
+        p = head.prototypes[c * 4:c * 4 + 4]
+        p = p / p.norm(dim=1, keepdim=True)
+        total += ((p @ p.T - torch.eye(4)) ** 2).sum()
+    torch.testing.assert_close(head.penalty(), total.sqrt() / (3 * 4 * 4))
+
+
+def test_asymmetric_loss():
+    logits, labels = torch.tensor([[2.0, -1.0, -6.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    p = [1 / (1 + math.exp(-v)) for v in (2.0, -1.0, -6.0)]
+    total = (1 - p[0]) * math.log(p[0])
+    q = 1 - p[1] + 0.05
+    total += (1 - q) ** 4 * math.log(q)  # the third is within the margin: 0
+    assert abs(probe.asymmetric_loss(logits, labels).item() + total / 3) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------
+# store and protocol
+
+def test_store_reads_equal_resident_reads():
+    tokens, labels = planted(clips=300)
+    folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 200 + ["test"] * 100)
+    rows = torch.randperm(200)
+    inside = probe.Store(folder / "tokens.npy", torch.arange(200), "cpu", 1e9)
+    outside = probe.Store(folder / "tokens.npy", torch.arange(200), "cpu", 0)
+    assert inside.resident is not None and outside.resident is None
+    for (a, x), (b, y) in zip(inside.batches(rows), outside.batches(rows), strict=True):
+        assert torch.equal(a, b) and torch.equal(x, y)
+        assert torch.equal(x, torch.from_numpy(tokens[a].astype(np.float16)).float())
+    test = torch.arange(200, 300)  # not resident: read from the file by both
+    assert torch.equal(torch.cat([x for _, x in inside.batches(test)]),
+                       torch.from_numpy(tokens[200:].astype(np.float16)).float())
+
+
+def runs(pool="protobin", seed=0, root="runs"):
+    return pathlib.Path(root, "d", "m", pool, f"seed{seed}")
+
+
+def test_run_on_a_foreign_dump_and_small_memory_give_the_same():
+    """A folder written with np.save is enough; tokens larger than the allowed memory change
+    nothing; the same seed gives the same bits."""
+    tokens, labels = planted()
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 80 + ["test"] * 40)
+    done = script("probe.py", "--pool", "protobin,linear,linearc", "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    assert "use the mean of the tokens" in done.stdout
+    info = json.load(open(runs() / "run.json"))
+    assert info["parameters"] == 80 * 32 + 80 * 4 + 4 and len(info["losses"]["test"]) == 30
+    assert json.load(open(runs("linear") / "run.json"))["cls"] == "mean of tokens (no [cls])"
+    assert np.load(runs() / "rows.npy").tolist() == list(range(80, 120))
+    first = np.load(runs() / "logits.npy")
+    assert first.dtype == np.float32 and first.shape == (40, 4)
+    assert not np.array_equal(first, np.load(runs(seed=1) / "logits.npy"))
+    again = script("probe.py", "--pool", "protobin", "--seeds", 1, "--memory", 0, "--runs", "again")
+    assert again.returncode == 0 and "read from the file" in again.stdout, again.stderr
+    assert np.array_equal(first, np.load(runs(root="again") / "logits.npy"))
+    # a finished run is left as it is
+    before = os.path.getmtime(runs() / "run.json")
+    third = script("probe.py", "--pool", "protobin", "--seeds", 1)
+    assert "is there already" in third.stdout and os.path.getmtime(runs() / "run.json") == before
+    # other settings would mix: refused, unless asked for
+    refused(script("probe.py", "--pool", "protobin", "--seeds", 1, "--lr", 0.5), "lr",
+            "--overwrite")
+
+
+def test_test_labels_are_never_read():
+    tokens, labels = planted()
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 80 + ["test"] * 40)
+    wrong = labels.copy()
+    wrong[80:] = ~wrong[80:]
+    write_dump("tokens/e/m", tokens, wrong, ["train"] * 80 + ["test"] * 40)
+    for data in ("d", "e"):
+        assert script("probe.py", "--data", data, "--seeds", 1).returncode == 0
+    assert np.array_equal(np.load("runs/d/m/protobin/seed0/logits.npy"),
+                          np.load("runs/e/m/protobin/seed0/logits.npy"))
+
+
+def test_folds_and_single_label():
+    tokens, _ = planted(clips=900, C=3, strength=0)
+    kinds = np.arange(900) % 3
+    tokens[np.arange(900), 0] += 4 * np.random.default_rng(5).standard_normal((3, 32))[kinds]
+    labels = np.eye(3, dtype=bool)[kinds]
+    folder = write_dump("tokens/d/m", tokens, labels, [str(1 + i // 300) for i in range(900)],
+                        task="single", cls=tokens.mean(1))
+    done = script("probe.py", "--pool", "protobin", "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    info = json.load(open(runs() / "run.json"))
+    assert info["loss"] == "ce" and set(info["losses"]) == {"1", "2", "3"}
+    rows = np.load(runs() / "rows.npy")
+    assert sorted(rows.tolist()) == list(range(900))
+    accuracy = (np.load(runs() / "logits.npy").argmax(1) == kinds[rows]).mean()
+    assert accuracy > 0.8, accuracy
+    # each fold's head scores its own fold's clips to the logits on disk
+    saved = torch.load(runs() / "head.pt", weights_only=True)
+    assert list(saved["folds"]) == ["1", "2", "3"]
+    head = probe.load_head(runs() / "head.pt", "2")
+    fold = rows // 300 == 1
+    x = torch.from_numpy(np.load(folder / "tokens.npy")[rows[fold]]).float()
+    torch.testing.assert_close(head(x).detach().numpy(), np.load(runs() / "logits.npy")[fold],
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_head_file_holds_bits():
+    tokens, labels = planted(D=64)
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 80 + ["test"] * 40)
+    done = script("probe.py", "--seeds", 1, "--evidence")
+    assert done.returncode == 0, done.stderr
+    state = torch.load(runs() / "head.pt", weights_only=True)["folds"]["test"]
+    assert state["prototypes"].dtype == torch.uint8 and state["prototypes"].shape == (80, 8)
+    evidence, logits = np.load(runs() / "evidence.npy"), np.load(runs() / "logits.npy")
+    assert evidence.dtype == np.float16 and evidence.shape == (40, 4, 12)
+    head = probe.load_head(runs() / "head.pt")
+    total = evidence.astype(np.float32).sum(-1) + head.constant().detach().numpy()
+    np.testing.assert_allclose(total, logits, atol=2e-2)  # float16 on disk
+    train = torch.from_numpy(tokens[:80].astype(np.float16)).float()
+    torch.testing.assert_close(head.score_mean, head.similarity(train)[0].mean(0).detach(),
+                               rtol=1e-4, atol=1e-6)
+
+
+def test_valid_runs_go_elsewhere_and_never_see_test():
+    tokens, labels = planted()
+    splits = ["train"] * 60 + ["valid"] * 30 + ["test"] * 30
+    write_dump("tokens/d/m", tokens, labels, splits)
+    assert script("probe.py", "--valid", "--seeds", 1, "--lr", 0.02, "--loss", "bce").returncode == 0
+    assert not os.path.exists("runs")
+    assert np.load(runs(root="runs_valid") / "rows.npy").tolist() == list(range(60, 90))
+    info = json.load(open(runs(root="runs_valid") / "run.json"))
+    assert (info["split"], info["lr"], info["loss"]) == ("valid", 0.02, "bce")
+    assert script("probe.py", "--seeds", 1).returncode == 0  # now train + valid
+    assert np.load(runs() / "rows.npy").tolist() == list(range(90, 120))
+
+
+def test_shuffled_labels_bring_every_head_to_the_baseline():
+    """No head may find its way to the test labels: macro mAP within 3 points of prevalence."""
+    from sklearn.metrics import average_precision_score
+    tokens, labels = planted(clips=1500, N=6, D=64, C=3)
+    rng = np.random.default_rng(1)
+    mixed = labels.copy()
+    mixed[:500] = labels[rng.permutation(500)]
+    write_dump("tokens/d/m", tokens, mixed, ["train"] * 500 + ["test"] * 1000, grid=[3, 2],
+               cls=tokens.mean(1), prototypes=4)
+    done = script("probe.py", "--pool", "all", "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    base = 100 * labels[500:].mean()
+    for name in probe.HEADS:
+        score = 100 * average_precision_score(labels[500:], np.load(runs(name) / "logits.npy"))
+        assert abs(score - base) < 3, (name, score, base)
+
+
+def test_killed_run_leaves_nothing_and_claims_are_respected():
+    tokens, labels = planted(clips=3000, N=64, D=64, C=10)
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 2500 + ["test"] * 500)
+    part = runs().with_name("seed0.part")
+    job = start("probe.py", "--seeds", 1)
+    while not part.exists():
+        time.sleep(0.02)
+        assert job.poll() is None, job.stderr.read()
+    other = script("probe.py", "--seeds", 1)  # while the first one works
+    assert other.returncode == 0 and "being made elsewhere" in other.stdout, other.stdout
+    assert job.poll() is None
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert not runs().exists() and part.exists()
+    # its process is gone: taken over. A claim of another machine is left alone while it is young.
+    assert probe.claim(str(part))
+    (part / "owner").write_text("elsewhere 1")
+    assert not probe.claim(str(part))
+    os.utime(part, (1, 1))
+    assert probe.claim(str(part))
+
+
+# ---------------------------------------------------------------------------------------------
+# bad input
+
+def test_mistakes_get_one_sentence():
+    refused(script("probe.py"), "no complete dump", "python extract.py")
+    tokens, labels = planted(clips=40)
+    folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
+    refused(script("probe.py", "--pool", "protobni"), "protobni", "protobin")
+    refused(script("probe.py", "--pool", "linear", "--evidence"), "no evidence")
+    refused(script("probe.py", "--valid"), "--valid needs train and valid")
+    refused(script("probe.py", "--pool", "mhca,ep", "--data", "x"), "tokens/x")
+    refused(script("probe.py", "--seeds", 0), "--seeds")
+    refused(script("probe.py", "--lr", 1e30, "--pool", "mlp", "--seeds", 1), "loss is")
+    assert not list(pathlib.Path("runs").rglob("seed*"))
+
+    meta = json.loads((folder / "meta.json").read_text())
+    for change, words in (({"complete": False}, ["no complete dump"]), ({"grid": [5, 2]}, ["grid"])):
+        (folder / "meta.json").write_text(json.dumps(meta | change))
+        refused(script("probe.py"), *words)
+    (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "task"}))
+    refused(script("probe.py"), "lacks task")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    np.save(folder / "labels.npy", labels[:-1].astype(np.uint8))
+    refused(script("probe.py"), "do not belong together")
+    (folder / "labels.npy").write_bytes(b"")
+    refused(script("probe.py"), "labels.npy cannot be read")
+    np.save(folder / "labels.npy", labels.astype(np.uint8))
+    np.save(folder / "tokens.npy", tokens.astype(np.float32))
+    refused(script("probe.py"), "float16")
+    half = tokens.astype(np.float16)
+    half[3, 0, 0] = np.nan
+    np.save(folder / "tokens.npy", half)
+    refused(script("probe.py", "--seeds", 1), "not finite")
+
+
+def test_one_head_that_fails_does_not_stop_the_others():
+    tokens, labels = planted(clips=40, D=36)  # 32 does not divide 36: no ep
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
+    done = script("probe.py", "--pool", "ep,mean", "--seeds", 1)
+    refused(done, "ep seed 0", "36")
+    assert (runs("mean") / "run.json").exists()
