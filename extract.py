@@ -18,12 +18,15 @@ Stop it whenever you like: the same command goes on where it stopped.
 
 import argparse
 import collections
+import concurrent.futures
 import csv
 import datetime
 import errno
 import functools
 import glob
+import gzip
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -39,6 +42,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 
 import numpy as np
 import soundfile
@@ -113,8 +117,15 @@ class Stop(Exception):
 # ---------------------------------------------------------------------------------------------
 # datasets.txt: "name task seconds classes key=value ..." -> clips
 
-KEYS = {"table", "files", "path", "labels", "split", "sep", "start", "onset", "offset", "url",
-        "md5", "shots", "map", "names", "prototypes"}
+RULE = {"path": "{path}", "labels": "{labels}", "split": "{split}", "start": "{start}", "sep": ";"}
+KEYS = {*RULE, "table", "files", "onset", "offset", "url", "md5", "shots", "map", "names",
+        "prototypes"}
+VALUES = {  # key -> what its value looks like, and in words
+    "url": ("https?://.+", "begin with http:// or https://"),
+    "md5": ("[0-9a-f]{32}", "be 32 digits 0-9a-f"),
+    "shots": (r"[1-9]\d*", "be a positive whole number"),
+    "prototypes": (r"[1-9]\d*", "be a positive whole number"),
+    "map": ("[^:,]+:[^:,]+(,[^:,]+:[^:,]+)*", "be old:new,old:new")}
 
 
 def read_datasets(file):
@@ -123,7 +134,7 @@ def read_datasets(file):
     Lines of one name add up. Raises Stop with file:line at the first malformed line."""
     sets = {}
     try:
-        lines = open(file, encoding="utf-8").read().splitlines()
+        lines = open(file, encoding="utf-8-sig", errors="replace").read().splitlines()
     except OSError as e:
         raise Stop(f"{file}: {e.strerror}; run from the folder that holds datasets.txt")
     for i, line in enumerate(lines, 1):
@@ -148,27 +159,38 @@ def read_datasets(file):
             seconds = classes = 0
         if not 0 < seconds < math.inf or classes < 1:
             raise Stop(f"{where}: seconds and classes must be positive numbers")
-        rule = {"path": "{path}", "labels": "{labels}", "split": "{split}", "sep": ";"}
-        urls = []
+        rule, urls, last = {}, [], []
         for pair in pairs:
-            key, equals, value = pair.partition("=")
-            if key not in KEYS or not equals:
-                raise Stop(f"{where}: unknown word {pair!r}; keys are {' '.join(sorted(KEYS))}")
+            key, _, value = pair.partition("=")
+            if key not in KEYS or not value:
+                raise Stop(f"{where}: unknown word {pair!r}; expected key=value, and the keys are "
+                           f"{' '.join(sorted(KEYS))}")
+            pattern, words = VALUES.get(key, (".+", ""))
+            if not re.fullmatch(pattern, value):
+                raise Stop(f"{where}: {key} is {value!r}; it must {words}")
             if key == "url":
-                urls += [[url, ""] for url in expand(value)]
-            elif key == "md5" and urls:
-                urls[-1][1] = value
-            elif key in ("shots", "prototypes") and not (value.isdigit() and int(value)):
-                raise Stop(f"{where}: {key} is {value!r}; it must be a positive whole number")
+                last = [[url, ""] for url in expand(value)]
+                urls += last
+            elif key == "md5":
+                if len(last) != 1:
+                    raise Stop(f"{where}: md5= must follow the url= of one file")
+                last[0][1] = value
             else:
                 rule[key] = value
+        if ("onset" in rule) != ("offset" in rule):
+            raise Stop(f"{where}: onset= and offset= come together; add the other one")
         data = sets.setdefault(name, dict(task=task, seconds=seconds, classes=classes, lines=[],
                                           rules=[], urls=[]))
         if (data["task"], data["seconds"], data["classes"]) != (task, seconds, classes):
             raise Stop(f"{where}: task, seconds and classes differ from the first line of {name}")
-        data["lines"].append(" ".join(line.split("#")[0].split()) if "#" in line else line.strip())
-        data["rules"].append(rule | {"where": where})
         data["urls"] += urls
+        if rule or not urls:  # a line with nothing but url= and md5= adds no rule
+            data["rules"].append(RULE | rule | {"where": where})
+            data["lines"].append(line.split("#")[0].strip())
+    for name, data in sets.items():
+        if not data["rules"]:
+            raise Stop(f"{file}: {name} has url= but no table; add table=manifest.csv, or the "
+                       f"name of the table in its archive")
     return sets
 
 
@@ -204,32 +226,30 @@ def read_rows(root, rule):
 
 
 def read_table(file, rule, names):
-    """Rows of a comma (.csv) or tab (any other) separated table; lines that begin with # are out."""
+    """Rows of a comma (.csv) or tab (other) separated table; lines that begin with # are out."""
     headless = re.search(r"\{c\d", " ".join(rule.values()))
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
-        numbers, kept = [], []
-        for number, line in enumerate(lines, 1):
-            if line.strip() and not line.startswith("#"):
-                numbers.append(number)
-                kept.append(line)
-    reader = csv.reader(kept, delimiter="," if file.endswith(".csv") else "\t",
-                        skipinitialspace=True)
+        kept = [(number, line) for number, line in enumerate(lines, 1)
+                if line.strip() and not line.startswith("#")]
+    reader = csv.reader((line for _, line in kept), skipinitialspace=True,
+                        delimiter="," if file.endswith(".csv") else "\t")
+    csv.field_size_limit(1 << 30)  # quotes that never close end as a row of the wrong length
     header = None
     for values in reader:
-        where = f"{file}:{numbers[reader.line_num - 1]}"
+        where = f"{file}:{kept[reader.line_num - 1][0]}"
         if header is None:
-            header = [f"c{i}" for i in range(len(values))] if headless else values
+            header = [f"c{i}" if headless else v.strip() for i, v in enumerate(values)]
             if not headless:
                 continue
         if len(values) != len(header):
             raise Stop(f"{where}: {len(values)} values for {len(header)} columns; put a value that "
-                       f"has a comma in it in double quotes")
+                       f"has a comma in it in double quotes (and close them)")
         yield names | dict(zip(header, values)) | {"where": where}
 
 
 def read_parquet(file, rule, names):
     """Rows of a parquet file; lists of labels are joined with the rule's sep, embedded audio
-    ({bytes, path}) is left in the file and named as file#row (it is decoded from memory)."""
+    ({bytes, path}) is left in the file and named folder/file#row (it is decoded from memory)."""
     table = open_parquet(file)
     audio = [f.name for f in table.schema_arrow if str(f.type).startswith("struct<bytes")]
     columns = [f.name for f in table.schema_arrow if f.name not in audio]
@@ -243,7 +263,7 @@ def read_parquet(file, rule, names):
                     row[key] = rule["sep"].join(map(str, value))
                 elif value is None:
                     row[key] = ""
-            embedded = f"{os.path.basename(file)}#{number}"
+            embedded = f"{names['folder']}/{os.path.basename(file)}#{number}"
             yield (names | {"path": embedded} | row | dict.fromkeys(audio, embedded)
                    | {"embedded": (file, group, i, audio[0]) if audio else None,
                       "where": f"{file}: row {number}"})
@@ -253,40 +273,47 @@ def read_parquet(file, rule, names):
 def open_parquet(file):
     try:
         import pyarrow.parquet
+        return pyarrow.parquet.ParquetFile(file)
     except ImportError:
         raise Stop(f"{file}: reading parquet needs one more package: pip install pyarrow")
-    return pyarrow.parquet.ParquetFile(file)
+    except (ValueError, OSError) as e:
+        raise Stop(f"{file}: not a whole parquet file ({e}); download it again")
 
 
 def few_shot(rows, shots, seconds, seed):
     """Bird-MAE's lenient k-shot rule for BirdSet's train table, without fill-up.
 
-    Keep recordings of at most 20 s without secondary species [official code]; of each, the events
-    of the most frequent cluster (noise, -1, only where there is nothing else), those inside
-    another dropped; one at random is primary, the rest left over; k primaries a species, else all
-    of them and left-overs up to k. The clip is centred on the event, where BirdSet takes a random
-    5 s of it, so that a seed gives the same clips everywhere [ours]."""
+    Keep recordings of at most 20 s without secondary species; of each, the events of the most
+    frequent cluster (the first of equals; -1, noise, only if it is the one event there is), those
+    inside another dropped; one at random is primary, the rest left over; k primaries a species,
+    else all of them and left-overs up to k [official code]. The length is the table's, not the
+    file's, the clip is centred on the event, where BirdSet takes a random 5 s of it, and equal
+    clips of a recording count once, so that a seed gives the same clips everywhere [ours]."""
     rng = random.Random(seed)
+    numbers = re.compile(r"-?[\d.]+(?:e-?\d+)?").findall  # of lists, or of lists as text
     species = collections.defaultdict(lambda: ([], []))
-    for row in sorted(rows, key=lambda row: str(row["filepath"])):
-        if float(row["length"] or 0) > 20 or row["ebird_code_secondary"]:
+    for row in sorted(rows, key=lambda row: str(row.get("filepath"))):
+        absent = {"filepath", "length", "ebird_code", "ebird_code_secondary", "detected_events",
+                  "event_cluster"} - set(row)
+        if absent:
+            raise Stop(f"{row['where']}: no column {' '.join(sorted(absent))} here; shots= reads "
+                       f"BirdSet's train table only")
+        length = float(row["length"] or 0)
+        if length > 20 or row["ebird_code_secondary"]:
             continue
-        events = list(zip(row["detected_events"] or [], row["event_cluster"] or []))
-        if isinstance(row["event_cluster"], str):  # a list of numbers arrives joined
-            events = list(zip(row["detected_events"] or [],
-                              map(int, filter(None, re.split(r"[^-\d]+", row["event_cluster"])))))
-        events = [e for e in events if e[1] != -1] or events
-        if events:
-            top = collections.Counter(c for _, c in events).most_common(1)[0][0]
-            events = sorted({tuple(e) for e, c in events if c == top})
-        events = [a for a in events if not any(b != a and b[0] <= a[0] and a[1] <= b[1]
-                                               for b in events)] or [(0, seconds)]
-        first = rng.randrange(len(events))
-        primary, left = species[row["ebird_code"]]
-        for i, (onset, offset) in enumerate(events):
-            start = (onset + offset - seconds) / 2
-            start = max(0, min(start, float(row["length"] or seconds) - seconds))
-            (primary if i == first else left).append(row | {"start": round(start, 3)})
+        times = [float(x) for x in numbers(str(row["detected_events"]))]
+        events = list(zip(times[::2], times[1::2], map(float, numbers(str(row["event_cluster"])))))
+        if len(events) > 1:
+            events = [e for e in events if e[2] != -1]
+        count = collections.Counter(cluster for _, _, cluster in events)
+        first = min(count, key=lambda c: (-count[c], c), default=None)
+        events = [e for e in events if e[2] == first] or [(0, seconds, None)]
+        last = length - seconds if length else math.inf  # a length of 0 is not known
+        starts = sorted({round(max(0, min((a + b - seconds) / 2, last)), 3) for a, b, _ in events
+                         if not any(c < a and b < d for c, d, _ in events)})
+        primary = rng.choice(starts)
+        for start in starts:
+            species[row["ebird_code"]][start != primary].append(row | {"start": start})
     for name in sorted(species):
         primary, left = species[name]
         taken = rng.sample(primary, min(shots, len(primary)))
@@ -303,40 +330,34 @@ def read_clips(root, data, seed=0):
     events, rows of (path, onset, offset, label) where the lines name onset and offset."""
     clips, missing, classes, events = {}, collections.defaultdict(dict), set(), []
     for rule in data["rules"]:
-        rename = dict(pair.split(":") for pair in filter(None, rule.get("map", "").split(",")))
         rows = read_rows(root, rule)
         if "shots" in rule:
             rows = list(rows)
-            classes |= {rule["labels"].format_map(row) for row in rows}
+            classes |= set().union(*(read_labels(rule, row) for row in rows))
             rows = few_shot(rows, int(rule["shots"]), data["seconds"], seed)
         for row in rows:
-            try:
-                wanted = rule["path"].format_map(row)
-                path, source = find_audio(root, wanted, row.get("embedded"))
-                row |= {"dir": os.path.basename(os.path.dirname(path or wanted)),
-                        "parts": re.split("[_-]", os.path.splitext(os.path.basename(wanted))[0])}
-                split = rule["split"].format_map(row).strip()
-                labels = rule["labels"].format_map(row).split(rule["sep"])
-                start = float(rule.get("start", "{start}").format_map({"start": 0} | row) or 0)
-                strong = [rule[k].format_map(row) for k in ("onset", "offset") if k in rule]
-            except (KeyError, IndexError) as e:
-                columns = [k for k in row if k not in ("where", "embedded", "dir", "parts")]
-                raise Stop(f"{row['where']}: no column {e} here (there are {' '.join(columns)}); "
-                           f"correct {rule['where']} or the header")
-            except ValueError:
-                raise Stop(f"{row['where']}: start must be a number of seconds")
-            if not 0 <= start < math.inf:
-                raise Stop(f"{row['where']}: start is {start}; it must be 0 s or later")
+            row = {"start": 0} | row
+            wanted = fill(rule, "path", row)
+            path, source = find_audio(root, wanted, row.get("embedded"))
+            row |= {"dir": os.path.basename(os.path.dirname(path or wanted)),
+                    "parts": re.split("[_-]", os.path.splitext(os.path.basename(wanted))[0])}
+            split = fill(rule, "split", row).strip()
             if not split or not wanted:
-                raise Stop(f"{row['where']}: an empty {'path' if split else 'split'}; give "
-                           f"train, valid, test or a fold name")
-            labels = {rename.get(x, x) for x in map(str.strip, labels) if x}
-            if any(";" in x for x in labels):
-                raise Stop(f"{row['where']}: a class name has ';' in it, which joins labels")
+                raise Stop(f"{row['where']}: an empty {'path' if split else 'split'}; every row "
+                           f"needs a path, and train, valid, test or a fold name")
+            times = [fill(rule, key, row) for key in ("start", "onset", "offset") if key in rule]
+            try:
+                start, *strong = [float(time or 0) for time in times]
+                if not all(0 <= time < math.inf for time in (start, *strong)):
+                    raise ValueError
+            except ValueError:
+                raise Stop(f"{row['where']}: {' '.join(times)}: start, onset and offset must be "
+                           f"numbers of seconds, 0 or later")
+            labels = read_labels(rule, row)
             classes |= labels
-            if "/" in split:  # a/b: by hash of the path, the same on every machine
-                a, b = map(float, split.split("/"))
-                point = int(hashlib.md5((path or wanted).encode()).hexdigest()[:8], 16) / 2**32
+            if ratio := re.fullmatch(r"(\d+)/(\d+)", split):
+                a, b = map(int, ratio.groups())  # by hash of the name, the same on every machine
+                point = int(hashlib.md5(wanted.encode()).hexdigest()[:8], 16) / 2**32
                 split = "train" if point * (a + b) < a else "test"
             split = SPLITS.get(split, split)
             if path is None:
@@ -346,7 +367,7 @@ def read_clips(root, data, seed=0):
                 "path": path, "start": start, "split": split, "labels": set(), "source": source,
                 "where": row["where"]})  # a clip met again keeps its first split
             clip["labels"] |= labels
-            if len(strong) == 2 and strong[0]:
+            if strong and times[1]:
                 events += [(path, *strong, label) for label in sorted(labels)]
     clips = list(clips.values())
     if not clips and not missing:
@@ -363,6 +384,25 @@ def read_clips(root, data, seed=0):
     return clips, {k: list(v) for k, v in missing.items()}, sorted(classes), events
 
 
+def fill(rule, key, row):
+    """A template of a line with the row's columns put in. Raises Stop if one is not there."""
+    try:
+        return rule[key].format_map(row)
+    except (KeyError, IndexError, ValueError, AttributeError) as e:
+        columns = " ".join(k for k in row if k not in ("where", "embedded", "dir", "parts"))
+        raise Stop(f"{row['where']}: cannot fill in {key}={rule[key]} ({e}), the columns here are "
+                   f"{columns}; correct {rule['where']} or the header")
+
+
+def read_labels(rule, row):
+    new = dict(pair.split(":") for pair in rule["map"].split(",")) if "map" in rule else {}
+    labels = {new.get(x, x) for x in map(str.strip, fill(rule, "labels", row).split(rule["sep"]))}
+    if any(re.search("[;\n\r]", x) for x in labels):
+        raise Stop(f"{row['where']}: a class name has ';' or a line break in it, which separate "
+                   f"names in clips.csv and classes.txt; rename it, correct sep=, or close quotes")
+    return labels - {""}
+
+
 def find_audio(root, wanted, embedded):
     """(path relative to root, source to read), or (None, None) if there is no such file."""
     if embedded:
@@ -370,7 +410,10 @@ def find_audio(root, wanted, embedded):
     stem, ending = os.path.splitext(wanted)
     for name in [wanted] + [stem + e for e in AUDIO if e != ending]:
         if name.startswith("**/"):  # anywhere below the folder, by base name
-            name = files_by_name(root).get(os.path.basename(name), "")
+            name, *others = files_by_name(root).get(os.path.basename(name), [""])
+            if others:
+                raise Stop(f"{root}: {name} and {others[0]} have the same name, and {wanted} could "
+                           f"be both; remove one, or correct path= in datasets.txt")
         if name and os.path.isfile(os.path.join(root, name)):
             return os.path.normpath(name), os.path.join(root, name)
     return None, None
@@ -378,8 +421,10 @@ def find_audio(root, wanted, embedded):
 
 @functools.lru_cache(maxsize=1)
 def files_by_name(root):
-    return {file: os.path.relpath(os.path.join(folder, file), root)
-            for folder, _, files in os.walk(root) for file in sorted(files)}
+    found = collections.defaultdict(list)
+    for file in sorted(glob.glob("**", root_dir=root, recursive=True)):
+        found[os.path.basename(file)].append(file)
+    return found
 
 
 def print_report(data, clips, missing, unreadable, classes):
@@ -403,17 +448,17 @@ def print_report(data, clips, missing, unreadable, classes):
 # ---------------------------------------------------------------------------------------------
 # downloads
 
-def download(url, file, digest="", by_hand=""):
+def download(url, file, digest, by_hand):
     """Fetch url into file: <file>.part first (resumed by a Range request), checked against the
-    length the server states and an md5 or sha256, renamed when whole. Raises Stop."""
+    length the server states and an md5 or sha256 ("": none), renamed when whole. Raises Stop."""
     part = file + ".part"
     os.makedirs(os.path.dirname(file), exist_ok=True)
     have = os.path.getsize(part) if os.path.exists(part) else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
-            if have and reply.status != 206:  # the server starts over, so do we
-                have = 0
+            if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                have = 0  # the server starts over, so do we
             total = have + int(reply.headers.get("Content-Length") or 0)
             room(os.path.dirname(file), total - have, f"the download of {os.path.basename(file)}")
             with open(part, "ab" if have else "wb") as f:
@@ -424,10 +469,15 @@ def download(url, file, digest="", by_hand=""):
                 bar.close()
                 size = f.tell()
     except urllib.error.HTTPError as e:
-        if e.code != 416:  # 416: the part is whole already, or garbage; the digest tells
+        if e.code != 416:
             raise Stop(f"{url} answered {e.code} {e.reason}; {by_hand}")
+        if e.headers.get("Content-Range", "") != f"bytes */{have}":  # else the part is whole
+            os.remove(part)
+            raise Stop(f"{part} was not a part of {url} and is removed; run the same command again")
         size = total = have
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         raise Stop(f"cannot reach {url} ({getattr(e, 'reason', e)}); {by_hand}; "
                    f"what has arrived is kept in {part}")
     if total and size != total:
@@ -447,24 +497,48 @@ def file_digest(file, kind="sha256"):
     return digest.hexdigest()
 
 
+def stated_size(url):
+    """Bytes a download will have, 0 where the server does not say."""
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return int(reply.headers.get("Content-Length") or 0)
+    except (OSError, http.client.HTTPException):
+        return 0
+
+
 def fetch_dataset(root, data):
     """Download and unpack the url= archives of a dataset; root appears when everything is in it.
 
-    One folder at the top of the archives is left out. Raises Stop for archives that point outside
-    their folder or declare more than MAX_UNPACK times their size."""
+    One folder at the top of the archives is left out. Raises Stop for archives that are not whole,
+    point outside their folder or declare more than MAX_UNPACK times their size."""
     parts, new = root + ".download", root + ".unpacking"
     by_hand = f"download it by hand and unpack it into {root}/"
     urls = [(url, md5, os.path.join(parts, os.path.basename(url.split("?")[0])))
             for url, md5 in data["urls"]]
-    print(f"{root} is not there; fetching {len(urls)} files into {parts}", file=sys.stderr)
+    os.makedirs(parts, exist_ok=True)
+    size = sum(stated_size(url) for url, _, _ in urls)
+    have = sum(os.path.getsize(os.path.join(parts, file)) for file in os.listdir(parts))
+    print(f"{root} is not there; fetching {len(urls)} files into {parts} ({size / 1e9:,.2f} GB "
+          f"stated)", file=sys.stderr)
+    room(parts, 2 * size - have, f"{root} (its archives, and about as much unpacked)")
     for url, md5, file in urls:
         if not os.path.exists(file):
             download(url, file, md5, by_hand)
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
     try:
-        for _, _, file in urls:
-            unpack(file, new)
+        for url, md5, file in urls:
+            print(f"unpacking {file}", file=sys.stderr)
+            try:
+                unpack(file, new)
+            except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError,
+                    IndexError) as e:
+                if not md5:  # what was not checked may have come wrong
+                    os.remove(file)
+                reason = str(e).partition("\n")[0]
+                raise Stop(f"{file}: not a whole archive ({reason}); run the same command again, "
+                           f"or take {url}: {by_hand}")
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -475,33 +549,68 @@ def fetch_dataset(root, data):
     shutil.rmtree(parts, ignore_errors=True)
 
 
+class Joined(io.RawIOBase):
+    """The parts of a split archive, one after the other, as one file to read."""
+
+    def __init__(self, files):
+        self.files, self.at = files, 0
+        self.starts = np.cumsum([0, *map(os.path.getsize, files)]).tolist()
+
+    readable = seekable = lambda self: True  # noqa: E731
+
+    def seek(self, to, whence=0):
+        self.at = to + (0, self.at, self.starts[-1])[whence]
+        if self.at < 0:
+            raise EOFError("its beginning is missing")
+        return self.at
+
+    def readinto(self, buffer):
+        i, n = sum(start <= self.at for start in self.starts) - 1, 0
+        if i < len(self.files):
+            with open(self.files[i], "rb") as f:
+                f.seek(self.at - self.starts[i])
+                n = f.readinto(buffer)
+        self.at += n
+        return n
+
+
 def unpack(file, folder):
-    """Unpack one zip or tar below folder (any other file is moved there). Every member is checked
+    """Unpack one zip or tar below folder (any other file is copied there). Every member is checked
     before the first is written: no absolute path, no '..', no link, no more bytes than allowed."""
     if re.search(r"\.z\d\d$", file):
         return  # read through its .zip
+    parts, how = [*sorted(glob.glob(glob.escape(file[:-4]) + ".z[0-9][0-9]")), file], {}
     if file.endswith(".zip"):
-        archive = zipfile.ZipFile(file)
+        whole = Joined(parts)
+        archive = zipfile.ZipFile(io.BufferedReader(whole, 1 << 20))
+        if len(parts) > 1:  # zipfile takes all members to begin in the part of the directory
+            archive.fp.seek(-22 - len(archive.comment), 2)
+            directory = whole.starts[int.from_bytes(archive.fp.read(22)[6:8], "little")]
+            for m in archive.infolist():
+                m.header_offset += whole.starts[m.volume] - directory
+                if hasattr(m, "_end_offset"):  # newer Pythons' guess from those places
+                    m._end_offset = None
         members = [(m.filename, m.file_size, (m.external_attr >> 16) & 0o170000 == 0o120000)
                    for m in archive.infolist()]
     elif re.search(r"\.(tar|tar\.gz|tgz)$", file):
         archive = tarfile.open(file)
         members = [(m.name, m.size, not (m.isfile() or m.isdir())) for m in archive]
+        if hasattr(tarfile, "data_filter"):  # from Python 3.10.12 and 3.11.4 on
+            how = {"filter": "data"}
     else:
-        shutil.move(file, folder)
+        shutil.copy(file, folder)
         return
-    total = sum(size for _, size, _ in members)
+    total, packed = sum(size for _, size, _ in members), sum(map(os.path.getsize, parts))
     for name, _, odd in members:
         if odd or name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or ":" in name:
             raise Stop(f"{file}: refused, its member {name!r} points outside the folder or is no "
                        f"plain file; get the archive from its official source")
-    if total > MAX_UNPACK * os.path.getsize(file):
-        raise Stop(f"{file}: refused, it declares {total:,} bytes from "
-                   f"{os.path.getsize(file):,}; get the archive from its official source")
+    if total > MAX_UNPACK * packed:
+        raise Stop(f"{file}: refused, it declares {total:,} bytes from {packed:,}; get the archive "
+                   f"from its official source")
     room(folder, total, f"unpacking {os.path.basename(file)}")
     with archive:
-        archive.extractall(folder, **({} if file.endswith(".zip") or sys.version_info < (3, 12)
-                                      else {"filter": "data"}))
+        archive.extractall(folder, **how)
 
 
 def room(folder, size, what):
@@ -809,11 +918,14 @@ class ViT(torch.nn.Module):
             x = x + self.pos[:x.shape[1]]
         return self.norm(x) if self.post else x
 
+    def bias(self, L):
+        """BEATs' relative position bias (H, L, L), shared by all blocks; None for the others."""
+        if hasattr(self, "rel_bias"):
+            return self.rel_bias[rel_bucket(L, self.rel_bias.device)].permute(2, 0, 1)
+
     def forward(self, spec):
         x = self.embed(spec)
-        bias = None
-        if hasattr(self, "rel_bias"):
-            bias = self.rel_bias[rel_bucket(x.shape[1], x.device)].permute(2, 0, 1)  # (H, L, L)
+        bias = self.bias(x.shape[1])
         for block in self.blocks:
             x = block(x, bias)
         if not self.post and hasattr(self, "norm"):
@@ -1068,7 +1180,7 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, waves):
-        spec = self.spectrogram(waves.to(self.device))
+        spec = self.spectrogram(waves.to(self.device, non_blocking=True))
         if self.family == "logmel":  # a token is a 16 x 16 patch, flattened
             T = self.grid[0]
             patches = spec[:, :16 * T].unflatten(1, (T, 16)).unflatten(3, (8, 16))
@@ -1176,10 +1288,34 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
         view = np.load(os.path.join(folder, name), mmap_mode="r")
         arrays[name] = open(view.filename, "r+b", buffering=0), view.offset, view[0].nbytes
     loader = torch.utils.data.DataLoader(blocks, batch_size=None, sampler=todo,
-                                         num_workers=min(8, os.cpu_count()) if todo else 0)
+                                         num_workers=min(8, os.cpu_count()) if todo else 0,
+                                         pin_memory=encoder.device == "cuda")
     bar = Progress(sum(min(size, len(clips) - b * size) for b in todo), "clips")
     count, pending, synced = 0, [], time.time()
-    with open(os.path.join(folder, f"progress.{rank}"), "a", encoding="utf-8") as record:
+
+    def save(block, outputs, reasons):
+        nonlocal pending, synced
+        for (name, (file, offset, stride)), output in zip(arrays.items(), outputs):
+            half = output.half().cpu()
+            odd = (~torch.isfinite(half)).flatten(1).any(1).nonzero().flatten().tolist()
+            if odd:
+                raise Stop(f"{clips[block * size + odd[0]]['path']}: its {name[:-4]} overflow "
+                           f"float16; check the file and the checkpoint")
+            file.seek(offset + block * size * stride)
+            file.write(half.numpy())
+        pending.append(json.dumps([block, reasons]) + "\n")
+        if time.time() - synced > RECORD_SECONDS or block == todo[-1]:
+            for file, _, _ in arrays.values():
+                os.fsync(file.fileno())
+            record.writelines(pending)
+            record.flush()
+            pending, synced = [], time.time()
+            if rank == 0:
+                record_done(folder, meta, len(clips))
+
+    with open(os.path.join(folder, f"progress.{rank}"), "a", encoding="utf-8") as record, \
+            concurrent.futures.ThreadPoolExecutor(1) as writer:
+        job = None  # the block before is written while this one is encoded
         for block, (waves, reasons) in zip(todo, loader):
             bad |= reasons
             if len(bad) > most_bad:
@@ -1187,25 +1323,14 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
                 raise Stop(f"{len(bad)} of {len(clips)} clips are unreadable, more than "
                            f"{MAX_BAD:.0%} with the missing ones (the first is "
                            f"{clips[row]['path']}: {reason}); mend them, or --allow-bad goes on")
-            for (name, (file, offset, stride)), output in zip(arrays.items(), encoder(waves)):
-                half = output.half()
-                odd = (~torch.isfinite(half)).flatten(1).any(1).nonzero().flatten().tolist()
-                if odd:
-                    raise Stop(f"{clips[block * size + odd[0]]['path']}: its {name[:-4]} overflow "
-                               f"float16; check the file and the checkpoint")
-                file.seek(offset + block * size * stride)
-                file.write(half.cpu().numpy().tobytes())
-            pending.append(json.dumps([block, reasons]) + "\n")
+            outputs = encoder(waves)
+            if job:
+                job.result()
+            job = writer.submit(save, block, outputs, reasons)
             count += len(waves)
             bar.show(count)
-            if time.time() - synced > RECORD_SECONDS or block == todo[-1]:
-                for file, _, _ in arrays.values():
-                    os.fsync(file.fileno())
-                record.writelines(pending)
-                record.flush()
-                pending, synced = [], time.time()
-                if rank == 0:
-                    record_done(folder, meta, len(clips))
+        if job:
+            job.result()
     bar.close()
 
 

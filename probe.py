@@ -507,13 +507,19 @@ class Store:
             for part, slot in zip(parts, slots):
                 yield part, self.resident[slot].float()
             return
+        for part, tokens in zip(parts, self.reads(rows)):
+            yield part, tokens.to(self.device, non_blocking=True).float()
+
+    def reads(self, rows):
+        """Yield the batches of rows from the file; the next two are read meanwhile."""
+        parts = rows.split(BATCH)
         with concurrent.futures.ThreadPoolExecutor(1) as ahead:
             jobs = [ahead.submit(self.read, part) for part in parts[:2]]
-            for i, part in enumerate(parts):
+            for i in range(len(parts)):
                 tokens = jobs.pop(0).result()
                 if i + 2 < len(parts):
                     jobs.append(ahead.submit(self.read, parts[i + 2]))
-                yield part, tokens.to(self.device, non_blocking=True).float()
+                yield tokens
 
 
 class NoTokens:
@@ -546,7 +552,7 @@ def train(head, store, cls, labels, rows, lr, loss, seed, alive):
     device = labels.device
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY},
                                    {"params": plain, "weight_decay": 0}], lr=lr,
-                                  fused=device.type == "cuda")
+                                  fused=True)
     steps = EPOCHS * -(-len(rows) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     shuffle = torch.Generator().manual_seed(seed)
@@ -612,6 +618,7 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
         heads, tested, logits, losses, seconds, evidence = {}, [], [], {}, [], []
         begin = time.time()
+        peak_memory(device, reset=True)
         for fold, (rows, test) in dump["folds"].items():
             torch.manual_seed(seed)  # before the head: seeds draw the initialisation too
             head = make_head(pool, D, C, grid, M).to(device)
@@ -643,12 +650,9 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         if args.evidence:
             np.save(os.path.join(part, "evidence.npy"), np.concatenate(evidence))
         save_head(os.path.join(part, "head.pt"), pool, D, C, grid, M, heads)
-        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                  * (1 if sys.platform == "darwin" else 1024))
         extra = {"parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
                  "seconds_per_epoch": sum(seconds) / len(seconds), "seconds": time.time() - begin,
-                 "peak_memory_bytes": memory, "device": device_name(device), "wants": head.wants,
+                 "peak_memory_bytes": peak_memory(device), "device": device_name(device), "wants": head.wants,
                  "cls": dump["cls_is"], "resident": store.resident is not None,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "numpy": np.__version__}}
@@ -697,6 +701,22 @@ def alive_pid(pid):
     except PermissionError:
         pass
     return True
+
+
+def peak_memory(device, reset=False):
+    """Most bytes held since the last reset: on the GPU, or by this process (Linux; elsewhere since
+    it began)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            open("/proc/self/clear_refs", "w").write("5")
+        lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        return int(lines["VmHWM"].split()[0]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def device_name(device):

@@ -81,13 +81,13 @@ def write_dump(folder, tokens, labels, splits, cls=None, task="multi", grid=None
     return folder
 
 
-def planted(clips=120, N=12, D=32, C=4, seed=0, strength=3.0):
+def planted(clips=120, N=12, D=32, C=4, seed=0, strength=3.0, share=0.35):
     """Tokens of noise in which each present class puts its own direction into one random token:
     easy for a maximum over tokens, hard for their mean."""
     rng = np.random.default_rng(seed)
     directions = np.random.default_rng(99).standard_normal((C, D))
     tokens = rng.standard_normal((clips, N, D))
-    labels = rng.random((clips, C)) < 0.35
+    labels = rng.random((clips, C)) < share
     for i, j in zip(*np.nonzero(labels)):
         tokens[i, rng.integers(N)] += strength * directions[j]
     return tokens, labels

@@ -1,0 +1,262 @@
+"""How fast each part is, as ratios measured side by side in one run.
+
+    python tests/bench.py extract     # encoder: clips/s, naive path, share of the matmul rate
+    python tests/bench.py probe       # one training step of protobin beside the naive graphs
+    python tests/bench.py io          # training reads beside the disk's sequential rate
+    python tests/bench.py evaluate    # bootstrap beside scikit-learn in a loop
+    python tests/bench.py scale       # 20,000 clips, K = 5,270: s/epoch and memory
+
+Absolute times belong to the machine they were taken on: quote the ratios. Every pair runs in
+turn, A B A B ..., and the median is printed.
+"""
+
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def clock(*functions, rounds=5):
+    """Median seconds of each, run in turn after one warm-up of each."""
+    times = [[] for _ in functions]
+    for i in range(rounds + 1):
+        for f, t in zip(functions, times):
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            f()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                t.append(time.perf_counter() - begin)
+    return [statistics.median(t) for t in times]
+
+
+def machine():
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    if DEVICE == "cpu" and os.path.exists("/proc/cpuinfo"):
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                     if line.startswith("model name")), name)
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+
+
+def bench_extract():
+    """EAT's shapes with random weights on 10-s clips.
+
+    naive: torchaudio's kaldi fbank clip by clip, batch 1, attention as softmax(q k') v. matmul: the
+    same multiplications (qkv, proj, fc1, fc2 of 12 blocks, and attention's two) and nothing else,
+    so 100 % would mean that front-end, GELU, layer norm and softmax cost nothing. What is left
+    over goes there; the exact GELU and the softmax are the largest part."""
+    import torchaudio
+
+    import extract
+    B, L, D, H = extract.BLOCK[DEVICE], 513, 768, 12
+    precision = "fp16" if DEVICE == "cuda" else "fp32"
+    encoder = extract.Encoder("random", None, 10.0, DEVICE, precision)
+    waves = 0.1 * torch.randn(B, 160000)
+
+    def naive():
+        with torch.inference_mode():
+            for wave in waves[:1] if DEVICE == "cpu" else waves:
+                spec = torchaudio.compliance.kaldi.fbank(
+                    (wave - wave.mean())[None], htk_compat=True, sample_frequency=16000,
+                    use_energy=False, window_type="hanning", num_mel_bins=128, dither=0.0)
+                spec = torch.nn.functional.pad(spec, (0, 0, 0, 1024 - len(spec)))
+                x = encoder.vit.embed(((spec + 4.268) / (2 * 4.569))[None].to(DEVICE))
+                for block in encoder.vit.blocks:
+                    q, k, v = block.attn.qkv(x).view(1, L, 3, H, -1).permute(2, 0, 3, 1, 4)
+                    a = (q @ k.transpose(2, 3) / 8).softmax(-1) @ v
+                    x = block.norm1(x + block.attn.proj(a.transpose(1, 2).reshape(1, L, D)))
+                    x = block.norm2(x + block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(x))))
+        return x[:, 1:]
+
+    kind = dict(device=DEVICE, dtype=torch.float16 if DEVICE == "cuda" else torch.float32)
+    x, hidden = torch.randn(B * L, D, **kind), torch.randn(B * L, 4 * D, **kind)
+    w = [torch.randn(n, m, **kind) for n, m in ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D))]
+    q, a = torch.randn(B * H, L, 64, **kind), torch.randn(B * H, L, L, **kind)
+
+    def matmul():
+        for _ in range(12):
+            x @ w[0], x @ w[1], x @ w[2], hidden @ w[3], q @ q.transpose(1, 2), a @ q
+    flop = 12 * (2 * L * D * 12 * D + 2 * 2 * L * L * D)
+    ours, slow, floor = clock(lambda: encoder(waves), naive, matmul)
+    ours, slow, floor = ours / B, slow / (1 if DEVICE == "cpu" else B), floor / B
+    check = (encoder(waves[:1])[0] - naive()[:1]).abs().max().item()
+    print(f"EAT, 10-s clips, batch {B}, {precision}: {1 / ours:.2f} clips/s "
+          f"({flop / 1e9:.0f} GFLOP a clip, outputs differ by {check:.0e})")
+    print(f"  naive path            {1 / slow:8.2f} clips/s   ours is {slow / ours:.2f} x faster")
+    print(f"  matmuls alone         {1 / floor:8.2f} clips/s   {flop / floor / 1e9:,.0f} GFLOP/s; "
+          f"ours reaches {floor / ours:.0%} of it, naive {floor / slow:.0%}")
+    front = clock(lambda: encoder.spectrogram(waves.to(DEVICE)))[0] / B
+    print(f"  front-end alone       {1 / front:8.2f} clips/s   {front / ours:.0%} of the time")
+    with tempfile.NamedTemporaryFile(suffix=".wav") as f:
+        import soundfile
+        soundfile.write(f.name, np.random.default_rng(0).uniform(-.1, .1, (441000, 2)), 44100)
+        torch.set_num_threads(1)
+        read = clock(lambda: extract.read_wave(f.name, 0, 10))[0]
+    print(f"  reading + resampling  {1 / read:8.2f} clips/s per worker (10 s of 44.1 kHz stereo)")
+
+
+def protobin_graph(kind, K, B, N=512, D=768):
+    """One training step: forward, loss, backward to the latents and W."""
+    import probe
+    torch.manual_seed(0)
+    tokens = torch.randn(B, N, D, device=DEVICE)
+    labels = (torch.rand(B, 50, device=DEVICE) < 0.1).float()
+    head = probe.Prototypes(D, 50, K // 50).to(DEVICE)
+    if K % 50:
+        head.prototypes = torch.nn.Parameter(0.02 * torch.randn(K, D, device=DEVICE))
+        head.linear = torch.nn.Linear(K, 50).to(DEVICE)
+
+    def step():
+        head.zero_grad()
+        if kind == "ours":
+            logits = head(tokens)
+        else:
+            p = head.prototypes
+            p = torch.where(p >= 0, 1.0, -1.0) + p - p.detach()
+            p = torch.nn.functional.normalize(p, dim=1)
+            x = torch.nn.functional.normalize(tokens, dim=2)
+            if kind == "conv2d":
+                s = torch.nn.functional.conv2d(x.transpose(1, 2)[..., None], p[:, :, None, None])
+                s = s.flatten(2).max(2).values
+            else:
+                s = (x @ p.T).max(1).values
+            logits = head.linear(s)
+        probe.asymmetric_loss(logits, labels).backward()
+    return step, tokens, head
+
+
+def bench_probe(one=None):
+    """protobin at N = 512, D = 768. Peak memory is what a step adds to the tokens, each graph in a
+    process of its own. The forward's product is the floor: the backward adds up winners only, a
+    naive graph multiplies twice and keeps two or three (B, N, K) tensors."""
+    if one:
+        kind, K, B = one[0], int(one[1]), int(one[2])
+        step, *_ = protobin_graph(kind, K, B)
+        if DEVICE == "cuda":
+            before = torch.cuda.memory_allocated()
+            step()
+            print(torch.cuda.max_memory_allocated() - before)
+        else:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            step()
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        return
+    for K in (200, 1000, 5270):
+        B = 128
+        kinds = ("ours", "matmul", "conv2d")
+        steps = [protobin_graph(kind, K, B) for kind in kinds]
+        _, tokens, head = steps[0]
+        flat, p = tokens.reshape(-1, 768), head.prototypes.detach()
+        half = (flat.half(), p.half()) if DEVICE == "cuda" else (flat, p)
+        chunk = 8 * 512  # a product small enough to stay out of memory's way
+
+        def floor():
+            for i in range(0, len(flat), chunk):
+                half[0][i:i + chunk] @ half[1].T
+        times = clock(*(s for s, *_ in steps), floor, rounds=3 if K > 1000 else 5)
+        grads = []
+        for step, _, h in steps:
+            step()
+            grads.append(h.prototypes.grad)
+        error = ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
+        del steps, tokens, flat, half, grads
+        peak = [int(subprocess.run([sys.executable, __file__, "probe", kind, str(K), str(B)],
+                                   capture_output=True, text=True, check=True).stdout.split()[-1])
+                for kind in kinds]
+        print(f"K = {K:,}, B = {B}: {times[0]:.3f} s a step, {peak[0] / 1e9:.2f} GB more than the "
+              f"tokens; the product alone {times[3]:.3f} s ({times[3] / times[0]:.0%} of the "
+              f"step); gradient {error:.0e} from the naive one")
+        for kind, t, m in list(zip(kinds, times, peak))[1:]:
+            print(f"  {kind:>7} graph  {t:.3f} s, {m / 1e9:.2f} GB   ours is {t / times[0]:.2f} x "
+                  f"faster with {peak[0] / m:.2f} of the memory")
+
+
+def drop_cache(file):
+    """Make the next read of the file come from the disk."""
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bench_io(clips=4000):
+    """Training batches (128 random clips of 786 kB) from a file that is not in the page cache,
+    beside reading the same file from end to end. The file is dropped from the cache before every
+    pass, which is how a file larger than the memory behaves. Sequential: 8-MB reads, one thread."""
+    import probe
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        file = os.path.join(folder, "tokens.npy")
+        array = np.lib.format.open_memmap(file, "w+", np.float16, (clips, 512, 768))
+        block = np.random.default_rng(0).standard_normal((100, 512, 768)).astype(np.float16)
+        for i in range(0, clips, 100):
+            array[i:i + 100] = block
+        array.flush()
+        del array
+        size, rates = os.path.getsize(file), [[], []]
+        store = probe.Store(file, torch.arange(clips), "cpu", 0)
+        for _ in range(3):
+            drop_cache(file)
+            begin = time.perf_counter()
+            with open(file, "rb", buffering=0) as f:
+                while f.read(1 << 23):
+                    pass
+            rates[0].append(size / (time.perf_counter() - begin))
+            drop_cache(file)
+            begin = time.perf_counter()
+            for _ in store.reads(torch.randperm(clips)):
+                pass
+            rates[1].append(size / (time.perf_counter() - begin))
+        sequential, ours = map(statistics.median, rates)
+    print(f"{size / 1e9:.1f} GB, not in the cache: sequential {sequential / 1e9:.2f} GB/s, training "
+          f"reads {ours / 1e9:.2f} GB/s = {ours / sequential:.0%}")
+
+
+def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
+    """20,000 clips of random tokens, K = 5,270, one epoch of protobin as probe.py trains it, once
+    resident and once from the file."""
+    import probe
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        file = os.path.join(folder, "tokens.npy")
+        array = np.lib.format.open_memmap(file, "w+", np.float16, (clips, N, D))
+        rng = np.random.default_rng(0)
+        for i in range(0, clips, 500):
+            array[i:i + 500] = rng.standard_normal((500, N, D), dtype=np.float32)
+        array.flush()
+        del array
+        labels = (torch.rand(clips, C) < 0.005).float().to(DEVICE)
+        probe.EPOCHS = 1
+        for budget in (0, 1e12):
+            store = probe.Store(file, torch.arange(clips), DEVICE, budget)
+            torch.manual_seed(0)
+            head = probe.Prototypes(D, C, M).to(DEVICE)
+            _, seconds = probe.train(head, store, None, labels, torch.arange(clips), 1e-2, "asl", 0,
+                                     lambda *_: None)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            print(f"{clips:,} clips, N = {N}, K = {M * C:,}, "
+                  f"{'resident' if store.resident is not None else 'from the file'}: "
+                  f"{seconds[0]:.0f} s an epoch, peak {peak / 1e9:.1f} GB "
+                  f"(tokens {os.path.getsize(file) / 1e9:.1f} GB)")
+
+
+if __name__ == "__main__":
+    names = {n[6:]: f for n, f in list(globals().items()) if n.startswith("bench_")}
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        sys.exit(__doc__)
+    if sys.argv[1] == "probe" and len(sys.argv) > 2:
+        bench_probe(sys.argv[2:])
+    else:
+        machine()
+        print(names[sys.argv[1]].__doc__.split("\n\n")[0].strip(), end="\n\n")
+        names[sys.argv[1]]()
