@@ -37,10 +37,12 @@ WORK = 1.5e10       # clips x classes x seeds x resamples, at most about a minut
 REACH = 2           # standard deviations to each side of an interval: 95 % [ours]
 BIRDSET = "hsn nbp nes per pow sne uhh".split()  # there macro mAP is called cmAP [official code]
 PANELS = 5          # classes in a picture, at most [ours]
-COLUMNS = ("data, model, head, metric, scored, score, seeds, sd, low, high, resamples, micro mAP, "
-           "AUROC, d', macro accuracy, parameters, s/epoch, peak GB, paper, difference, re-run")
-NOTE = ("paper: from third-party digests of it, not read in the paper itself; "
-        "re-run: by a co-author, other loss and features (arXiv 2602.16305, table 5)")
+COLUMNS = ["data", "model", "head", "metric", "scored", "score", "seeds", "sd", "low", "high",
+           "resamples", "micro mAP", "AUROC", "d'", "macro accuracy", "parameters", "s/epoch",
+           "peak GB", "paper", "difference", "re-run"]
+NOTE = """
+paper: from third-party digests of it, not read in the paper itself
+re-run: by a co-author, with another loss and other features (arXiv 2602.16305, table 5)"""
 
 # Result cells of the paper, mAP or accuracy in percent, collected from third-party digests of it:
 # not read in the paper itself. "data: head of every column | model: cells".
@@ -305,7 +307,7 @@ def score_table(dumps, number):
     paper, rerun, rows = cells(PAPER), cells(RERUN), []
     for dump in dumps:
         labels, key = dump["labels"], tuple(dump["name"].values())
-        known = dict.fromkeys(COLUMNS.split(", ")) | dump["name"] | {
+        known = dict.fromkeys(COLUMNS) | dump["name"] | {
             "metric": dump["metric"], "scored": f"{labels.any(0).sum()}/{labels.shape[1]}"}
         share = labels.mean(0)  # a constant score has a class's prevalence as its AP
         rows.append(known | ({"head": "majority class", "score": 100 * share.max()}
@@ -504,7 +506,7 @@ def show_table(rows, kind, note=None):
             print("  ".join(v.ljust(w) if l else v.rjust(w)
                             for v, w, l in zip(line, width, left)).rstrip())
     if note:
-        print("\n" + note)
+        print(note)
 
 
 def plain(value):

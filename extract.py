@@ -1218,10 +1218,12 @@ def open_dump(folder, meta, clips, classes, events, encoder):
     file = os.path.join(folder, "meta.json")
     if os.path.exists(file):
         old = json.load(open(file, encoding="utf-8"))
-        for key in set(meta) - {"versions", "done", "complete", "block", "unreadable"}:
-            if old.get(key) != meta[key]:
-                raise Stop(f"{folder} was made with {key} {json.dumps(old.get(key))}, now it would "
-                           f"be {json.dumps(meta[key])}; --overwrite starts anew")
+        differ = [f"{key} was {json.dumps(old.get(key))} and would be {json.dumps(meta[key])}"
+                  for key in meta if old.get(key) != meta[key]
+                  and key not in ("versions", "done", "complete", "block")]
+        if differ:
+            raise Stop(f"{folder} was made with other settings, --overwrite starts anew: "
+                       + "; ".join(differ))
         return old
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)

@@ -671,25 +671,27 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
 def claim(part):
     """Make the folder a run is written to, for this process alone; True if it is ours.
 
-    A claim whose process is gone (same machine), or that shows no sign of life for STALE seconds
-    (another machine), is taken over."""
-    owner = os.path.join(part, "owner")
-    me = f"{socket.gethostname()} {os.getpid()}"
-    os.makedirs(os.path.dirname(part), exist_ok=True)
-    if os.path.isdir(part):
-        try:
-            host, pid = open(owner).read().split()
-            dead = host == socket.gethostname() and not alive_pid(int(pid))
-        except (OSError, ValueError):
-            dead = False
-        if dead or time.time() - os.path.getmtime(part) > STALE:
-            shutil.rmtree(part, ignore_errors=True)
+    It appears with its owner's name in it, so two cannot both have it. A claim whose process is
+    gone (same machine), or that shows no sign of life for STALE seconds (another machine), is
+    taken over."""
+    host = socket.gethostname()
+    mine = os.path.join(os.path.dirname(part), f".{os.path.basename(part)}-{host}-{os.getpid()}")
+    os.makedirs(mine)
+    with open(os.path.join(mine, "owner"), "w") as f:
+        f.write(f"{host} {os.getpid()}")
     try:
-        os.mkdir(part)
-    except FileExistsError:
+        with open(os.path.join(part, "owner")) as f:
+            where, pid = f.read().split()
+        if (where == host and not alive_pid(int(pid))) \
+                or time.time() - os.path.getmtime(part) > STALE:
+            shutil.rmtree(part, ignore_errors=True)
+    except (OSError, ValueError):
+        pass  # there is none
+    try:
+        os.rename(mine, part)  # fails where a claim stands, as that is not empty
+    except OSError:
+        shutil.rmtree(mine)
         return False
-    with open(owner, "w") as f:
-        f.write(me)
     return True
 
 

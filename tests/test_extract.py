@@ -492,7 +492,7 @@ def test_other_settings_are_refused_and_named():
     assert run().returncode == 0
     before = content()
     pathlib.Path("datasets.txt").write_text("mine multi 0.5 3\n")
-    refused(run(), "seconds", "1.0", "0.5", "--overwrite")
+    refused(run(), "seconds was 1.0 and would be 0.5", "--overwrite")
     pathlib.Path("datasets.txt").write_text(LINES)
     os.remove("data/mine/audio/7.wav")
     refused(run("--allow-bad"), "clips", "--overwrite")
