@@ -126,9 +126,10 @@ def test_weights_are_repetition(kind):
             labels, scores, sample_weight=weights[:, r])) < 1e-9
 
 
-def test_fractional_weights():
+@pytest.mark.parametrize("kind", KINDS)
+def test_fractional_weights(kind):
     rng = np.random.RandomState(3)
-    labels, scores = one_class("heavy ties", rng)
+    labels, scores = one_class(kind, rng)
     weights = rng.rand(len(labels), 5)
     np.testing.assert_allclose(evaluate.average_precision(labels, scores, weights), [
         average_precision_score(labels, scores, sample_weight=w) for w in weights.T], atol=1e-9)
@@ -269,7 +270,8 @@ def test_interval_formula():
     draws = np.array([50.0, 52.0, 54.0, np.nan])
     deviation = math.sqrt(8 / 3)
     low, high = evaluate.interval(51.0, draws)  # halves lie 1 above: so does the score, probably
-    assert abs(low - (50 - 2 * deviation)) < 1e-12 and abs(high - (50 + 2 * deviation)) < 1e-12
+    assert abs(low - (50 - 2.15 * deviation)) < 1e-12
+    assert abs(high - (50 + 2.15 * deviation)) < 1e-12
     assert np.isnan(evaluate.interval(51.0, draws[2:])).all()
 
 
@@ -281,15 +283,17 @@ def test_interval_of_accuracy_is_the_textbooks():
     low, high = evaluate.interval(80.0, evaluate.main_metric(
         "single", np.eye(2, dtype=bool)[truth], logits, evaluate.resamples(np.arange(n), 4000)))
     assert abs((low + high) / 2 - 80) < 0.2
-    assert abs((high - low) / 4 / (100 * math.sqrt(0.8 * 0.2 / (n - 1))) - 1) < 0.04
+    assert abs((high - low) / 4.3 / (100 * math.sqrt(0.8 * 0.2 / (n - 1))) - 1) < 0.04
 
 
-def test_intervals_stay_within_0_and_100():
-    labels, _ = multi()
-    dump("demo", labels)
-    run("demo", "sure", labels + np.linspace(0, .1, labels.size).reshape(labels.shape))
+@pytest.mark.parametrize("right", [40, 39, 1, 0])
+def test_intervals_stay_within_0_and_100(right):
+    dump("demo", np.eye(2, dtype=bool)[np.zeros(40, int)], task="single")
+    run("demo", "mean", np.eye(2)[(np.arange(40) >= right).astype(int)])
     row = rows_of()[1]
-    assert row["score"] == 100 and row["low"] == row["high"] == 100
+    assert row["score"] == 100 * right / 40
+    assert row["low"] == 0 if right <= 1 else 80 < row["low"]
+    assert row["high"] == 100 if right >= 39 else row["high"] < 20
 
 
 def test_fewer_resamples_where_it_would_take_long(monkeypatch):
@@ -327,27 +331,31 @@ def test_population_is_what_many_clips_give():
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="SLOW=1 runs it (3 minutes)")
-@pytest.mark.parametrize("n", [300, 1000])
-def test_coverage(n):
-    """The 95 % interval holds the population's macro mAP in 93-97 % of 500 test sets; with n = 300
-    the rarest class has six positives. The percentile interval of the usual bootstrap does not."""
+@pytest.mark.parametrize("n, repetitions", [(300, 2000), (1000, 1000)])
+def test_coverage(n, repetitions):
+    """The 95 % interval holds the population's macro mAP in 93-97 % of all test sets; with 300
+    clips the rarest class has six positives. The usual bootstrap does not."""
     prevalence = np.geomspace(0.02, 0.30, 10)
     distance = np.random.default_rng(5).permutation(np.linspace(0.5, 2.5, 10))
-    true, ones = population(prevalence, distance), np.ones((n, 1), np.float32)
-    halves = evaluate.resamples(np.arange(n), 1000)
-    repeated = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), 1000).T.astype(np.float32)
-    inside = np.zeros(3)
-    for seed in range(500):
-        labels, logits = simulate(np.random.default_rng([n, seed]), n, prevalence, distance)
-        score = evaluate.main_metric("multi", labels, logits, ones)[0]
-        low, high = evaluate.interval(score, evaluate.main_metric("multi", labels, logits, halves))
-        a, b = np.quantile(evaluate.main_metric("multi", labels, logits, repeated), [0.025, 0.975])
-        inside += low <= true <= high, 2 * score - b <= true <= 2 * score - a, a <= true <= b
-    ours, basic, percentile = inside / 500
-    print(f"\n{n} clips, macro mAP {true:.2f}: halves {ours:.1%}, bootstrap: basic {basic:.1%}, "
-          f"percentile {percentile:.1%}")
+    true, rng = population(prevalence, distance), np.random.default_rng(n)
+    halves = evaluate.resamples(np.arange(n), 400)
+    repeated = rng.multinomial(n, np.full(n, 1 / n), 400).T.astype(np.float32)
+    weights = np.hstack([np.ones((n, 1), np.float32), halves, repeated])
+    inside, width = np.zeros(3), np.zeros(3)
+    for _ in range(repetitions):
+        labels, logits = simulate(rng, n, prevalence, distance)
+        score, *draws = evaluate.main_metric("multi", labels, logits, weights)
+        a, b = np.quantile(draws[400:], [0.025, 0.975])
+        for i, (low, high) in enumerate((evaluate.interval(score, np.array(draws[:400])),
+                                         (2 * score - b, 2 * score - a), (a, b))):
+            inside[i] += low <= true <= high
+            width[i] += high - low
+    (ours, basic, percentile), width = inside / repetitions, width / repetitions
+    print(f"\n{n} clips, macro mAP {true:.2f}, {repetitions} test sets: halves {ours:.1%} (width "
+          f"{width[0]:.1f}), bootstrap: basic {basic:.1%} ({width[1]:.1f}), percentile "
+          f"{percentile:.1%} ({width[2]:.1f})")
     assert 0.93 <= ours <= 0.97
-    assert percentile < 0.9
+    assert percentile < basic < ours
 
 
 # ---------------------------------------------------------------------------------------------
@@ -372,7 +380,8 @@ def test_paper_cells():
     assert round(100 * (ours - linear) / (tuned - linear), 1) == 62.8
     assert len(paper) == 144
     assert paper["esc50", "eat", "mhca"] == 89.83 and paper["sc2", "sslam", "protobin"] == 91.9
-    assert paper["urban", "eat", "protofloat"] == 89.14 and paper["desed", "beats", "proto"] == 89.04
+    assert paper["urban", "eat", "protofloat"] == 89.14
+    assert paper["desed", "beats", "proto"] == 89.04
 
 
 def test_rerun_cells():
@@ -416,6 +425,17 @@ def small_set():
 
 
 GOLDEN = """\
+data   model  head            metric     scored  score  seeds  +- sd   95 % interval  micro mAP  AUROC    d'  macro accuracy  parameters  s/epoch  peak GB  paper  difference  re-run
+as20k  eat    prevalence      macro mAP  4/5     30.63
+as20k  eat    linear          macro mAP  4/5     62.63      1         [47.61, 74.26]      50.97  71.53  0.80                      12,345     0.25     2.50  17.29      +45.34   21.60
+as20k  eat    protobin        macro mAP  4/5     94.06      3   3.22  [89.83, 97.77]      91.30  97.09  2.74                      12,345     0.25     2.50  31.67      +62.39   32.87
+as20k  eat    fine-tune       macro mAP  4/5                                                                                                                40.20
+esc50  beats  majority class  accuracy   3/4     36.67
+esc50  beats  mean            accuracy   3/4     78.33      2   2.36  [65.63, 90.86]                                   78.20          77     0.25     2.50
+esc50  beats  fine-tune       accuracy   3/4                                                                                                                95.60
+
+paper: from third-party digests of it, not read in the paper itself
+re-run: by a co-author, with another loss and other features (arXiv 2602.16305, table 5)
 """
 
 
@@ -701,8 +721,8 @@ def test_mistakes_end_in_one_sentence():
 
 def test_numpy_is_enough():
     """For tables neither torch nor matplotlib nor soundfile is imported."""
-    code = ("import sys, evaluate; "
-            "assert not {'torch', 'matplotlib', 'soundfile', 'sklearn', 'scipy'} & set(sys.modules)")
+    code = ("import sys, evaluate; names = {'torch', 'matplotlib', 'soundfile', 'sklearn', "
+            "'scipy'}; assert not names & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -730,7 +750,7 @@ def scene(n=30, C=3, seed=0):
     return labels, events, evidence.reshape(n, C, T * F)
 
 
-def located(**known):
+def located():
     return {r["head"]: r for r in rows_of("--localise")}
 
 
@@ -750,7 +770,7 @@ def test_oracle_evidence_is_found_everywhere():
     # a constant within a clip knows which clip, not when: the share of the positive clips' frames
     within = np.mean([evidence[labels[:, j], j].reshape(-1, T, F).any(2).mean() for j in range(3)])
     assert abs(rows["oracle, clip logit"]["frame mAP"] - 100 * within) < 1e-9
-    assert rows["against"]["frame mAP"] < share < 100 * within < 100
+    assert abs(rows["against"]["frame mAP"] - share) < 1e-9 and share < 100 * within < 100
 
 
 def test_seeds_are_averaged_and_rows_sorted():
@@ -762,6 +782,27 @@ def test_seeds_are_averaged_and_rows_sorted():
     run("demo", "head", labels, 1, evidence=-evidence)
     both = located()["head"]
     assert both["seeds"] == 2 and 50 < both["frame mAP"] < 70
+
+
+def test_events_of_the_tested_rows_alone():
+    labels, events, evidence = scene()
+    dump("demo", labels, events=events, **MEANT)
+    run("demo", "oracle", labels[12:], rows=range(12, 30), evidence=evidence[12:])
+    row = located()["oracle"]
+    assert row["frame mAP"] == row["segment mAP"] == 100
+
+
+def test_seconds_with_more_frames_weigh_no_more():
+    """Tokens of 0.4 s: two or three to a second; equal scores must stay equal."""
+    labels, events, evidence = scene()
+    dump("demo", labels, events=events, **MEANT | {"token_seconds": 0.4, "seconds": 8.0})
+    run("demo", "head", np.ones((30, 3)), evidence=evidence)
+    touched = np.zeros((30, 8, 3), bool)
+    for path, onset, offset, label in events:
+        for second in range(8):
+            if onset < second + 1 and offset > second:
+                touched[int(path[1:-4]), second, int(label[1:])] = True
+    assert abs(located()["head, clip logit"]["segment mAP"] - 100 * touched.mean()) < 1e-9
 
 
 def test_starts_of_clips_are_honoured():
@@ -805,7 +846,8 @@ def test_localise_says_what_is_missing():
     (folder / "events.csv").write_text("path,onset,offset,label\na0.wav,0,1,c0\n")
     assert script("evaluate.py", "--localise", "--data", "demo").returncode == 0
     change(folder / "meta.json", grid=[T, F + 1])
-    refused(script("evaluate.py", "--localise", "--data", "demo"), str(there), "grid", "--overwrite")
+    refused(script("evaluate.py", "--localise", "--data", "demo"), str(there), "grid",
+            "--overwrite")
     cut(there / "evidence.npy")
     refused(script("evaluate.py", "--localise", "--data", "demo"), "evidence.npy")
 
@@ -840,11 +882,12 @@ def sounding_scene(bands=F, start=0.0, seconds=5.0):
     os.makedirs("data/demo")
     for i in range(3):
         t = np.arange(int(16000 * (start + seconds))) / 16000
-        wave = 0.01 * np.random.RandomState(i).randn(len(t)) + 0.3 * np.sin(6283 * t) * (t > 1 + start)
+        wave = 0.3 * np.sin(2 * np.pi * 1000 * t) * (t > 1 + start)
+        wave += 0.01 * np.random.RandomState(i).randn(len(t))
         soundfile.write(f"data/demo/a{i}.wav", wave, 16000, subtype="PCM_16")
     evidence = np.random.RandomState(0).randn(3, 3, T * bands)
-    logits = np.array([[2.0, -1, 0.5], [0.3, 0.2, -1], [-3, -2, -1]])
-    run("demo", "protobin", logits, evidence=evidence)
+    logits, rows = np.array([[2.0, -1, 0.5], [0.3, 0.2, -1], [-3, -2, -1]]), [2, 0, 1]
+    run("demo", "protobin", logits[rows], rows=rows, evidence=evidence[rows])
     return evidence
 
 
