@@ -56,6 +56,10 @@ def refused(process, *words):
         assert word in message[-1], (word, message[-1])
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a simulation of minutes, run with SLOW=1")
+
+
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -272,8 +272,7 @@ def test_protobin_is_exactly_binary_and_starts_small():
     x = torch.randn(2, 9, 256)
     s, _ = head.similarity(x)
     signs = torch.where(head.prototypes >= 0, 1.0, -1.0)
-    assert torch.equal(s, head.MaxDot.apply(torch.nn.functional.normalize(x, dim=2),
-                                            torch.nn.functional.normalize(signs, dim=1))[0])
+    assert torch.equal(s, head.MaxCos.apply(x, torch.nn.functional.normalize(signs, dim=1))[0])
 
 
 def test_proto_penalty():
