@@ -9,7 +9,7 @@ Writes   tokens/<data>/<model>/
          cls.npy     float16 (clips, D), where the encoder has a [cls] token
          labels.npy  uint8 (clips, C) multi-hot; clips.csv, classes.txt, events.csv, meta.json
 
-    python extract.py                             # log-mel patches of the synthetic demo, no download
+    python extract.py                             # log-mel patches of the demo, no download
     python extract.py --model eat --data esc50    # any encoder x any line of datasets.txt
     torchrun --nproc_per_node=8 extract.py --model eat --data as20k
 
@@ -1055,10 +1055,12 @@ def load_vit(state, family, norm, where):
     except (KeyError, ValueError) as e:
         wanted, missing = {}, [str(e).strip("'")]
     odd = sorted(set(shapes) - set(wanted)) if wanted else []
-    bent = [f"{k} {shapes[k]} for {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]]
+    bent = [f"{k} {shapes[k]} for {wanted[k]}" for k in wanted
+            if shapes.get(k, wanted[k]) != wanted[k]]
     if missing or odd or bent:
+        kinds = (missing, "missing"), (odd, "unexpected"), (bent, "misshapen")
         lists = [f"{len(x)} {word} ({', '.join(x[:4])}{', ...' if len(x) > 4 else ''})"
-                 for x, word in ((missing, "missing"), (odd, "unexpected"), (bent, "misshapen")) if x]
+                 for x, word in kinds if x]
         raise Stop(f"{where}: not the checkpoint of this encoder, keys {', '.join(lists)}; check "
                    f"--model and --checkpoint")
     vit.load_state_dict(state, assign=True)
@@ -1240,7 +1242,8 @@ def open_dump(folder, meta, clips, classes, events, encoder):
     with open(os.path.join(folder, "classes.txt"), "w", encoding="utf-8") as f:
         f.writelines(c + "\n" for c in classes)
     if events:
-        write_csv(os.path.join(folder, "events.csv"), [("path", "onset", "offset", "label"), *events])
+        write_csv(os.path.join(folder, "events.csv"),
+                  [("path", "onset", "offset", "label"), *events])
     write_json(file, meta)
     return meta
 
@@ -1405,7 +1408,8 @@ def main():
                         help="of the encoder's matmuls (default: fp16 on cuda, fp32 on cpu)")
     # what to do about trouble
     parser.add_argument("--allow-bad", action="store_true",
-                        help=f"go on with more than {MAX_BAD:.0%} of the clips missing or unreadable")
+                        help=f"go on with more than {100 * MAX_BAD:g} %% of the clips missing "
+                             "or unreadable")
     parser.add_argument("--overwrite", action="store_true", help="discard the dump that is there")
     args = parser.parse_args()
 
@@ -1500,7 +1504,8 @@ if __name__ == "__main__":
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(print(f"extract.py: no space left for {e.filename or 'the dump'}; make room and run the same "
-                       f"command again, nothing finished is lost", file=sys.stderr) or 2)
+        what = e.filename or "the dump"
+        sys.exit(print(f"extract.py: no space left for {what}; make room and run the same command "
+                       "again, nothing finished is lost", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nextract.py: stopped; the same command goes on here", file=sys.stderr) or 130)
+        sys.exit(print("\nextract.py: stopped; the same command goes on", file=sys.stderr) or 130)

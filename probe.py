@@ -609,7 +609,8 @@ def centre(head, store, rows):
 def run(pool, seed, dump, store, cls, labels, args, folder):
     """Train every fold, test each clip once, write the run; claimed by a .part folder, which is
     renamed when all is in it. Returns False if the run is there or being made elsewhere."""
-    settings = {"pool": pool, "seed": seed, "lr": args.lr or default_lr(pool, dump["M"] * labels.shape[1]),
+    C, (N, D) = labels.shape[1], dump["shape"][1:]
+    settings = {"pool": pool, "seed": seed, "lr": args.lr or default_lr(pool, dump["M"] * C),
                 "weight_decay": DECAY,
                 "loss": args.loss or ("asl" if dump["meta"]["task"] == "multi" else "ce"),
                 "epochs": EPOCHS, "batch": BATCH, "prototypes": dump["M"],
@@ -631,7 +632,6 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         print(f"{folder} is being made elsewhere, left alone")
         return False
     try:
-        C, (N, D) = labels.shape[1], dump["shape"][1:]
         M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
         heads, tested, logits, losses, seconds, evidence = {}, [], [], {}, [], []
         begin = time.time()
@@ -669,8 +669,8 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         save_head(os.path.join(part, "head.pt"), pool, D, C, grid, M, heads)
         extra = {"parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
                  "seconds_per_epoch": sum(seconds) / len(seconds), "seconds": time.time() - begin,
-                 "peak_memory_bytes": peak_memory(device), "device": device_name(device), "wants": head.wants,
-                 "cls": dump["cls_is"], "resident": store.resident is not None,
+                 "peak_memory_bytes": peak_memory(device), "device": device_name(device),
+                 "wants": head.wants, "cls": dump["cls_is"], "resident": store.resident is not None,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "numpy": np.__version__}}
         with open(os.path.join(part, "run.json"), "w", encoding="utf-8") as f:
@@ -848,7 +848,7 @@ def main():
                         default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is one")
     parser.add_argument("--memory", type=float, metavar="GB",
-                        help=f"for resident tokens (default: {MEMORY:.0%} of what is free)")
+                        help=f"for resident tokens (default: {100 * MEMORY:g} %% of what is free)")
     parser.add_argument("--overwrite", action="store_true", help="make runs that are there anew")
     args = parser.parse_args()
 
