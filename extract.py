@@ -1292,8 +1292,9 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     for name in ("tokens.npy", "cls.npy") if encoder.cls else ("tokens.npy",):
         view = np.load(os.path.join(folder, name), mmap_mode="r")
         arrays[name] = open(view.filename, "r+b", buffering=0), view.offset, view[0].nbytes
+    workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     loader = torch.utils.data.DataLoader(blocks, batch_size=None, sampler=todo,
-                                         num_workers=min(8, os.cpu_count()) if todo else 0,
+                                         num_workers=workers if todo else 0,
                                          pin_memory=encoder.device == "cuda")
     bar = Progress(sum(min(size, len(clips) - b * size) for b in todo), "clips")
     count, pending, synced = 0, [], time.time()

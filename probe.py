@@ -615,9 +615,7 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
                 "loss": args.loss or ("asl" if dump["meta"]["task"] == "multi" else "ce"),
                 "epochs": EPOCHS, "batch": BATCH, "prototypes": dump["M"],
                 "split": "valid" if args.valid else "test", "dump": dump["meta"]}
-    if args.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    if os.path.exists(os.path.join(folder, "run.json")):
+    if os.path.exists(os.path.join(folder, "run.json")) and not args.overwrite:
         old = json.load(open(os.path.join(folder, "run.json"), encoding="utf-8"))
         differ = [k for k in settings if old.get(k) != settings[k]]
         if differ:
@@ -626,14 +624,17 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         if not args.evidence or os.path.exists(os.path.join(folder, "evidence.npy")):
             print(f"{folder} is there already")
             return False
-        shutil.rmtree(folder)
     part = folder + ".part"
     if not claim(part):
         print(f"{folder} is being made elsewhere, left alone")
         return False
     try:
         M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
-        heads, tested, logits, losses, seconds, evidence = {}, [], [], {}, [], []
+        heads, tested, logits, losses, seconds, done = {}, [], [], {}, [], 0
+        if args.evidence:
+            clips = sum(len(test) for _, test in dump["folds"].values())
+            evidence = np.lib.format.open_memmap(os.path.join(part, "evidence.npy"), "w+",
+                                                 np.float16, (clips, C, N))
         begin = time.time()
         peak_memory(device, reset=True)
         for fold, (rows, test) in dump["folds"].items():
@@ -656,7 +657,8 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
                     z = None if cls is None else cls[batch.to(device)]
                     logits.append(head(tokens, z).cpu().numpy())
                     if args.evidence:
-                        evidence.append(head.evidence(tokens, z).half().cpu().numpy())
+                        evidence[done:done + len(batch)] = head.evidence(tokens, z).half().cpu()
+                    done += len(batch)
             tested.append(test.numpy())
             heads[fold] = head
         logits = np.concatenate(logits).astype(np.float32)
@@ -664,8 +666,6 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
             raise Stop(f"{dump['folder']}: some tested clip has tokens that are not finite")
         np.save(os.path.join(part, "logits.npy"), logits)
         np.save(os.path.join(part, "rows.npy"), np.concatenate(tested).astype(np.int64))
-        if args.evidence:
-            np.save(os.path.join(part, "evidence.npy"), np.concatenate(evidence))
         save_head(os.path.join(part, "head.pt"), pool, D, C, grid, M, heads)
         extra = {"parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
                  "seconds_per_epoch": sum(seconds) / len(seconds), "seconds": time.time() - begin,
@@ -676,6 +676,7 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         with open(os.path.join(part, "run.json"), "w", encoding="utf-8") as f:
             json.dump(settings | extra, f, indent=1)
         os.remove(os.path.join(part, "owner"))
+        shutil.rmtree(folder, ignore_errors=True)  # what was there stays until this moment
         os.rename(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
