@@ -21,9 +21,11 @@ import collections
 import concurrent.futures
 import csv
 import glob
+import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import sys
 
@@ -214,11 +216,21 @@ def interval(score, draws):
 # ---------------------------------------------------------------------------------------------
 # runs
 
-def read_dump(folder):
+def split_of(folder):
+    """What a run was tested on: `valid` where settings are chosen, else `test`."""
+    try:
+        info = json.load(open(os.path.join(folder, "run.json"), encoding="utf-8"))
+        valid = info["split"] == "valid"
+    except (OSError, ValueError, KeyError, TypeError):
+        valid = False  # read_run says what is wrong
+    return "valid" if valid else "test"
+
+
+def read_dump(folder, split="test"):
     """A dump as a dict, without tokens; raises ValueError with the reason if it is of no use."""
     try:
         meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
-        labels = np.load(os.path.join(folder, "labels.npy")) > 0
+        labels = np.load(os.path.join(folder, "labels.npy"))
         with open(os.path.join(folder, "clips.csv"), newline="", encoding="utf-8") as f:
             clips = list(csv.DictReader(f))
         classes = open(os.path.join(folder, "classes.txt"), encoding="utf-8").read().splitlines()
@@ -229,10 +241,15 @@ def read_dump(folder):
         raise ValueError(f"in its dump {folder} labels.npy {labels.shape}, clips.csv "
                          f"({len(clips)}) and classes.txt ({len(classes)}) do not agree")
     data, model = folder.split(os.sep)[-2:]
+    if data in BIRDSET:  # HSN_093_20150712_085105_235_240.ogg: seconds 235 to 240 of a soundscape
+        paths = np.array([re.sub(r"_\d+_\d+\.\w+$", "", path) for path in paths])
     metric = ("accuracy" if task == "single" else
               "cmAP (= macro mAP)" if data in BIRDSET else "macro mAP")
-    return {"folder": folder, "name": {"data": data, "model": model}, "task": task, "meta": meta,
-            "metric": metric, "labels": labels, "clips": clips, "paths": paths, "classes": classes,
+    name = {"data": data + (" (valid)" if split == "valid" else ""), "model": model}
+    return {"folder": folder, "name": name, "audio": os.path.join("data", data), "task": task,
+            "labels_md5": hashlib.md5(np.ascontiguousarray(labels).tobytes()).hexdigest(),
+            "meta": meta, "metric": metric, "labels": labels > 0, "clips": clips, "paths": paths,
+            "classes": classes,
             "heads": collections.defaultdict(list)}
 
 
@@ -246,6 +263,10 @@ def read_run(folder, dump):
     except (OSError, ValueError, EOFError) as e:
         raise ValueError(f"cannot be read ({' '.join(str(e).split())})")
     clips, C = dump["labels"].shape
+    if not isinstance(info, dict) or rows.dtype.kind not in "iu":
+        raise ValueError(f"run.json or rows.npy ({rows.dtype}) is not what probe.py writes")
+    if info.get("labels_md5", dump["labels_md5"]) != dump["labels_md5"]:
+        raise ValueError("the dump's labels are others now; probe again")
     if info.get("dump", {}).get("clips") != dump["meta"].get("clips"):
         raise ValueError("the dump has been made anew since, with other clips; probe again")
     if logits.ndim != 2 or logits.shape[1] != C:
@@ -271,9 +292,10 @@ def read_runs(root, *wanted):
             continue  # is being made
         data, model, pool = folder.split(os.sep)[-4:-1]
         try:
-            if (data, model) not in dumps:
-                dumps[data, model] = read_dump(os.path.join("tokens", data, model))
-            dump = dumps[data, model]
+            key = data, model, split_of(folder)  # chosen settings and results never mix
+            if key not in dumps:
+                dumps[key] = read_dump(os.path.join("tokens", data, model), key[2])
+            dump = dumps[key]
             run = read_run(folder, dump)
             if not np.array_equal(dump.setdefault("rows", run["rows"]), run["rows"]):
                 raise ValueError("it was tested on other clips than the runs before it")
@@ -544,7 +566,7 @@ def show_clip(dumps, clip, pool):
     true = [j for j in np.argsort(-logits) if labels[j]]
     false = [j for j in np.argsort(-logits) if not labels[j] and logits[j] > 0]
     shown = sorted((true + false)[:PANELS] or [logits.argmax()], key=lambda j: -logits[j])
-    file, start = os.path.join("data", dump["name"]["data"], clip["path"]), float(clip["start"])
+    file, start = os.path.join(dump["audio"], clip["path"]), float(clip["start"])
     try:
         with soundfile.SoundFile(file) as f:
             rate = f.samplerate

@@ -361,7 +361,7 @@ def read_clips(root, data, seed=0):
                 split = "train" if point * (a + b) < a else "test"
             split = SPLITS.get(split, split)
             if path is None:
-                missing[split][wanted] = None
+                missing[split][wanted, start] = None
                 continue
             clip = clips.setdefault((path, start), {
                 "path": path, "start": start, "split": split, "labels": set(), "source": source,
@@ -381,7 +381,19 @@ def read_clips(root, data, seed=0):
         shown = " ".join(sorted(classes)[:12]) + (" ..." if len(classes) > 12 else "")
         raise Stop(f"{data['rules'][0]['where']}: {data['classes']} classes declared, "
                    f"{len(classes)} found ({shown}); correct the count or the table")
-    return clips, {k: list(v) for k, v in missing.items()}, sorted(classes), events
+    return clips, {k: [w for w, _ in v] for k, v in missing.items()}, sorted(classes), events
+
+
+def read_events(root):
+    """Rows (path, onset, offset, label) of root/events.csv, none where there is none."""
+    file = os.path.join(root, "events.csv")
+    if not os.path.exists(file):
+        return []
+    try:
+        return [(os.path.normpath(row["path"]), float(row["onset"]), float(row["offset"]),
+                 row["label"]) for row in read_table(file, {}, {})]
+    except (KeyError, ValueError) as e:
+        raise Stop(f"{file}: {e}; its header is path,onset,offset,label, in seconds")
 
 
 def fill(rule, key, row):
@@ -1096,7 +1108,7 @@ def find_checkpoint(model, file):
         if file:
             raise Stop(f"--model {model} has no weights; leave --checkpoint out")
         return None, None
-    by_hand = f"download it by hand and name it with --checkpoint FILE"
+    by_hand = "download it by hand and name it with --checkpoint FILE"
     if not file:
         if not url:
             raise Stop(f"the weights of {model} have no address a script can fetch (the official "
@@ -1127,7 +1139,8 @@ class Encoder:
 
     Input length [official code]: A-MAE always 1024 frames; EAT, SSLAM, ASiT the clip's frames
     rounded up to STEP; BEATs, logmel as they are; Dasheng in chunks of 1008. Padding is 0 in
-    log-mel before normalising, as upstream, and the token columns beyond STEP are dropped."""
+    log-mel before normalising, as upstream. Token columns that see nothing else are dropped, but
+    for the last one of 10 s, which belongs to the paper's 64 x 8."""
 
     def __init__(self, model, file=None, seconds=10.0, device="cpu", precision="fp32"):
         self.family, _, _, self.stats, _ = MODELS[model]
@@ -1138,7 +1151,11 @@ class Encoder:
         frames = 1 + (samples - FRAME) // HOP
         padded = -(-frames // STEP) * STEP
         self.frames = {"amae": 1024, "eat": padded, "asit": padded}.get(self.family, frames)
-        self.grid = (min(padded, self.frames) // 16, 8)                      # (T, F)
+        T = 64 if padded == 1024 else -(-frames // 16)
+        self.grid = (min(T, self.frames // 16), 8)                           # (T, F)
+        if self.grid[0] < 1 and self.family != "dasheng":
+            raise Stop(f"clips of {seconds:g} s are {frames} frames, fewer than the 16 of one "
+                       f"token; raise the seconds in datasets.txt")
         self.token_seconds, self.dim, self.cls, self.vit = 0.16, 256, False, None
         if self.family == "logmel":
             return
@@ -1249,7 +1266,7 @@ def open_dump(folder, meta, clips, classes, events, encoder):
 
 
 def clip_rows(clips):
-    return [(c["path"], f"{c['start']:g}", c["split"], ";".join(sorted(c["labels"])))
+    return [(c["path"], f"{c['start']:.12g}", c["split"], ";".join(sorted(c["labels"])))
             for c in clips]
 
 
@@ -1324,11 +1341,7 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
         job = None  # the block before is written while this one is encoded
         for block, (waves, reasons) in zip(todo, loader):
             bad |= reasons
-            if len(bad) > most_bad:
-                row, reason = next(iter(bad.items()))
-                raise Stop(f"{len(bad)} of {len(clips)} clips are unreadable, more than "
-                           f"{MAX_BAD:.0%} with the missing ones (the first is "
-                           f"{clips[row]['path']}: {reason}); mend them, or --allow-bad goes on")
+            refuse_bad(bad, clips, most_bad)
             outputs = encoder(waves)
             if job:
                 job.result()
@@ -1340,6 +1353,14 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     bar.close()
 
 
+def refuse_bad(bad, clips, most_bad):
+    if len(bad) > most_bad:
+        row, reason = next(iter(bad.items()))
+        raise Stop(f"{len(bad)} of {len(clips)} clips are unreadable, more than {MAX_BAD:.0%} with "
+                   f"the missing ones (the first is {clips[row]['path']}: {reason}); mend them, or "
+                   f"--allow-bad goes on")
+
+
 def record_done(folder, meta, clips):
     """meta.json's `done`: all rows before it are final and on disk."""
     finished, first = read_progress(folder)[0], 0
@@ -1349,7 +1370,7 @@ def record_done(folder, meta, clips):
                meta | {"done": min(first * meta["block"], clips)})
 
 
-def finish_dump(folder, clips, classes, meta):
+def finish_dump(folder, clips, classes, meta, most_bad):
     """Take unreadable clips out of the arrays and mark the dump complete; returns
     {unreadable row: reason}. Killed at any moment, it can be done again."""
     done, bad = read_progress(folder)
@@ -1358,6 +1379,7 @@ def finish_dump(folder, clips, classes, meta):
     if left:
         raise Stop(f"{folder}: {left} blocks of {size} clips are not done; run the same command "
                    f"again")
+    refuse_bad(bad, clips, most_bad)  # each rank has seen its own alone
     good = [row for row in range(len(clips)) if row not in bad]
     for name in ("tokens.npy", "cls.npy") if bad else ():
         path = os.path.join(folder, name)
@@ -1423,6 +1445,8 @@ def main():
     data, root = sets[args.data], os.path.join("data", args.data)
     if args.device == "cpu" and args.precision == "fp16":
         raise Stop("fp16 is slower than fp32 on a CPU; leave --precision out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Stop("torch finds no CUDA device here; leave --device out")
     precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1437,9 +1461,7 @@ def main():
             raise Stop(f"{root} is not there; put the audio of {args.data} into it as the line in "
                        f"datasets.txt and the comments above it describe")
     clips, missing, classes, events = read_clips(root, data, args.shots_seed)
-    if os.path.exists(os.path.join(root, "events.csv")):
-        with open(os.path.join(root, "events.csv"), newline="", encoding="utf-8") as f:
-            events = [tuple(row) for row in csv.reader(f)][1:]
+    events = read_events(root) or events
     absent = sum(map(len, missing.values()))
     most_bad = math.inf if args.allow_bad else MAX_BAD * (len(clips) + absent) - absent
     if most_bad < 0 or not clips:
@@ -1460,26 +1482,29 @@ def main():
                          "soundfile": soundfile.__version__},
             "clips": f"{len(clips)}, md5 "
                      + hashlib.md5(repr(clip_rows(clips)).encode()).hexdigest()[:12],
-            "shots_seed": args.shots_seed, "block": BLOCK[args.device], "done": 0,
+            "block": BLOCK[args.device], "done": 0,
             "complete": False}
     for rule in data["rules"]:
         if "prototypes" in rule:
             meta["prototypes"] = int(rule["prototypes"])
         if "names" in rule:
             table = read_table(os.path.join(root, rule["names"]), {}, {})
-            meta["names"] = {row["mid"]: row["display_name"] for row in table}
+            meta["names"] = {row.get("mid"): row.get("display_name") for row in table}
+        if "shots" in rule:
+            meta["shots_seed"] = args.shots_seed
     if rank == 0:
         if args.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         begun = os.path.exists(os.path.join(folder, "meta.json"))
+        os.makedirs("tokens", exist_ok=True)
         size = len(clips) * (T * bands + encoder.cls) * encoder.dim * 2
         print(f"{args.model} on {args.data}: {len(clips):,} clips of {data['seconds']:g} s -> "
               f"{T} x {bands} tokens of {encoder.dim}, {size / 1e9:,.2f} GB in {folder} "
-              f"({shutil.disk_usage('.').free / 1e9:,.0f} GB free)")
+              f"({shutil.disk_usage('tokens').free / 1e9:,.0f} GB free)")
         print(f"{args.device}, {precision}, torch {torch.__version__}"
               + (f", weights {checkpoint['source']}" if checkpoint else ""))
         if not begun:
-            room(".", size, f"the dump {folder}")
+            room("tokens", size, f"the dump {folder}")
         meta = open_dump(folder, meta, clips, classes, events, encoder)
         barrier(world)
     else:
@@ -1490,7 +1515,7 @@ def main():
     fill_dump(folder, encoder, clips, meta, rank, world, most_bad)
     barrier(world)
     if rank == 0:
-        bad = finish_dump(folder, clips, classes, meta)
+        bad = finish_dump(folder, clips, classes, meta, most_bad)
         print_report(data, clips, missing, bad, classes)
         for row in sorted(bad):
             print(f"unreadable: {clips[row]['path']}: {bad[row]}")
@@ -1503,10 +1528,10 @@ if __name__ == "__main__":
     except Stop as e:
         sys.exit(print(f"extract.py: {e}", file=sys.stderr) or 2)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        what = e.filename or "the dump"
-        sys.exit(print(f"extract.py: no space left for {what}; make room and run the same command "
-                       "again, nothing finished is lost", file=sys.stderr) or 2)
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        print(f"extract.py: {e.filename or 'the dump'}: "
+              + ("no space left; make room" if full else f"{e.strerror or e}; mend that")
+              + " and run the same command again, nothing finished is lost", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(print("\nextract.py: stopped; the same command goes on", file=sys.stderr) or 130)

@@ -21,6 +21,8 @@ import argparse
 import concurrent.futures
 import csv
 import glob
+import hashlib
+import io
 import json
 import os
 import platform
@@ -444,7 +446,10 @@ def save_head(file, pool, D, C, grid, M, folds):
             bits = np.packbits(state["prototypes"].numpy() >= 0, axis=1)
             state["prototypes"] = torch.from_numpy(bits)                     # (K, D/8) uint8
         states[fold] = state
-    torch.save({"pool": pool, "D": D, "C": C, "grid": list(grid), "M": M, "folds": states}, file)
+    memory = io.BytesIO()  # a full disk is an OSError then, and no error of torch's own
+    torch.save({"pool": pool, "D": D, "C": C, "grid": list(grid), "M": M, "folds": states}, memory)
+    with open(file, "wb") as f:
+        f.write(memory.getvalue())
 
 
 def load_head(file, fold=None):
@@ -540,7 +545,7 @@ class Store:
 
 class NoTokens:
     """The store of heads that only want [cls]: batches of row numbers."""
-    resident = True
+    resident = None
 
     def batches(self, rows):
         for part in rows.split(BATCH):
@@ -548,7 +553,7 @@ class NoTokens:
 
 
 def mean_of_tokens(store, rows):
-    """float16-exact stand-in for [cls]: (clips, D) float32, the mean over the tokens."""
+    """In place of [cls]: (clips, D) float32, the mean of the tokens."""
     out = torch.zeros(store.shape[0], store.shape[2])
     for part, tokens in store.batches(rows):
         out[part] = tokens.mean(1).cpu()
@@ -610,11 +615,13 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
     """Train every fold, test each clip once, write the run; claimed by a .part folder, which is
     renamed when all is in it. Returns False if the run is there or being made elsewhere."""
     C, (N, D) = labels.shape[1], dump["shape"][1:]
-    settings = {"pool": pool, "seed": seed, "lr": args.lr or default_lr(pool, dump["M"] * C),
+    settings = {"pool": pool, "seed": seed, "lr": default_lr(pool, dump["M"] * C)
+                if args.lr is None else args.lr,
                 "weight_decay": DECAY,
                 "loss": args.loss or ("asl" if dump["meta"]["task"] == "multi" else "ce"),
                 "epochs": EPOCHS, "batch": BATCH, "prototypes": dump["M"],
-                "split": "valid" if args.valid else "test", "dump": dump["meta"]}
+                "split": "valid" if args.valid else "test", "dump": dump["meta"],
+                "tokens_md5": dump["tokens_md5"], "labels_md5": dump["labels_md5"]}
     if os.path.exists(os.path.join(folder, "run.json")) and not args.overwrite:
         old = json.load(open(os.path.join(folder, "run.json"), encoding="utf-8"))
         differ = [k for k in settings if old.get(k) != settings[k]]
@@ -788,6 +795,10 @@ def open_dump(folder, valid):
     if not tokens.ndim == 3 or not len(tokens) == len(labels) == len(splits):
         raise Stop(f"{folder}: tokens.npy {tokens.shape}, labels.npy {labels.shape} and clips.csv "
                    f"({len(splits)} rows) do not belong together; extract the tokens again")
+    cls = load("cls.npy") if os.path.exists(os.path.join(folder, "cls.npy")) else None
+    if labels.ndim != 2 or (cls is not None and cls.shape != (len(tokens), tokens.shape[2])):
+        raise Stop(f"{folder}: labels.npy {labels.shape} or cls.npy {getattr(cls, 'shape', '')} "
+                   f"does not fit tokens.npy {tokens.shape}; extract the tokens again")
     if tokens.dtype != np.float16:
         raise Stop(f"{folder}/tokens.npy is {tokens.dtype}; save it as float16")
     if tokens.shape[1] != meta["grid"][0] * meta["grid"][1]:
@@ -810,7 +821,11 @@ def open_dump(folder, valid):
     else:
         raise Stop(f"{folder} has one split only ({' '.join(rows)}); name some clips test, or "
                    f"give them folds")
-    return {"folder": folder, "meta": meta, "shape": tokens.shape, "labels": labels,
+    some = [tokens[i] for i in (0, len(tokens) // 2, -1)]  # enough to know the dump again
+    md5 = [hashlib.md5(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+           for arrays in (some, [labels])]
+    return {"folder": folder, "meta": meta, "shape": tokens.shape, "labels": labels, "cls": cls,
+            "tokens_md5": md5[0], "labels_md5": md5[1],
             "M": meta.get("prototypes", PROTOTYPES), "folds": folds}
 
 
@@ -860,8 +875,10 @@ def main():
         if args.evidence and not hasattr(HEADS[pool], "evidence"):
             raise Stop(f"{pool} has no evidence: its logits are not a sum over tokens; leave "
                        f"--evidence out")
-    if args.seeds < 1:
-        raise Stop("--seeds must be 1 or more")
+    if args.seeds < 1 or (args.lr is not None and not args.lr > 0):
+        raise Stop("--seeds must be 1 or more, --lr more than 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Stop("torch finds no CUDA device here; leave --device out")
     dump = open_dump(folder := newest_dump(args.data, args.model), args.valid)
     meta = dump["meta"]
     runs = args.runs or ("runs_valid" if args.valid else "runs")
@@ -878,14 +895,14 @@ def main():
     labels = labels.to(device)
     wants = {HEADS[pool].wants for pool in pools}
     budget = args.memory * 1e9 if args.memory is not None else MEMORY * free_memory(args.device)
-    cls_file, store = os.path.join(folder, "cls.npy"), None
-    if wants != {"cls"} or not os.path.exists(cls_file):
+    store = None
+    if wants != {"cls"} or dump["cls"] is None:
         store = Store(os.path.join(folder, "tokens.npy"), wanted, args.device,
                       budget if wants != {"cls"} else 0)
     cls, dump["cls_is"] = None, None
     if wants & {"cls", "both"}:
-        if os.path.exists(cls_file):
-            cls, dump["cls_is"] = torch.from_numpy(np.load(cls_file)).float(), "[cls]"
+        if dump["cls"] is not None:
+            cls, dump["cls_is"] = torch.from_numpy(np.array(dump["cls"])).float(), "[cls]"
         else:
             cls, dump["cls_is"] = mean_of_tokens(store, every), "mean of tokens (no [cls])"
             print("this encoder has no [cls]: linear, mlp and linearc use the mean of the tokens")
@@ -915,5 +932,8 @@ if __name__ == "__main__":
         main()
     except Stop as e:
         sys.exit(print(f"probe.py: {e}", file=sys.stderr) or 2)
+    except OSError as e:
+        sys.exit(print(f"probe.py: {e.filename or 'the run'}: {e.strerror or e}; mend that and run "
+                       "the same command again, finished runs are kept", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nprobe.py: stopped; finished runs are kept", file=sys.stderr) or 130)

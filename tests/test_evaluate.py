@@ -967,3 +967,28 @@ def test_mistakes_of_show(monkeypatch):
     pathlib.Path("tokens/demo/eat/meta.json").write_text(json.dumps(meta))
     refused(script("evaluate.py", "--show", "0"), "token_seconds")
     assert not list(pathlib.Path().glob("*.png"))
+
+
+def test_birdset_segments_are_drawn_by_soundscape(tmp_path):
+    """test_5s has one file a segment; those of one soundscape belong together."""
+    from conftest import write_dump
+    labels = np.eye(2, dtype=bool)[np.arange(12) % 2]
+    folder = write_dump("tokens/hsn/m", np.zeros((12, 2, 4)), labels, ["test"] * 12)
+    names = [f"HSN_{i // 4:03d}_20150712_085105_{i % 4 * 5}_{i % 4 * 5 + 5}.ogg" for i in range(12)]
+    rows = ["path,start,split,labels"] + [f"a/{n},0,test,c0" for n in names]
+    (folder / "clips.csv").write_text("\n".join(rows) + "\n")
+    assert len(set(evaluate.read_dump("tokens/hsn/m")["paths"])) == 3
+    os.rename("tokens/hsn", "tokens/other")
+    assert len(set(evaluate.read_dump("tokens/other/m")["paths"])) == 12
+
+
+def test_valid_runs_never_mix_with_test_runs():
+    from conftest import planted, write_dump
+    tokens, labels = planted(clips=60)
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["valid"] * 10 + ["test"] * 20)
+    assert script("probe.py", "--pool", "linear", "--seeds", 1, "--valid", "--runs",
+                  "runs").returncode == 0
+    assert script("probe.py", "--pool", "mean", "--seeds", 1).returncode == 0
+    rows = json.loads(script("evaluate.py", "--format", "json").stdout)
+    assert {(r["data"], r["head"]) for r in rows} == {
+        ("d", "prevalence"), ("d", "mean"), ("d (valid)", "prevalence"), ("d (valid)", "linear")}

@@ -349,16 +349,21 @@ def test_lengths():
         n = e(torch.randn(1, round(seconds * 16000)))[0].shape[1]
         assert n == e.grid[0] * e.grid[1]
         return e.frames, e.grid
-    assert grid("eat", 1) == (128, (8, 8)) and grid("eat", 5) == (512, (32, 8))
-    assert grid("eat", 12) == (1216, (76, 8))
+    assert grid("eat", 1) == (128, (7, 8)) and grid("eat", 5) == (512, (32, 8))
+    assert grid("eat", 12) == (1216, (75, 8)) and grid("eat", 10)[1] == (64, 8)
     assert grid("amae", 5) == (1024, (32, 8)) and grid("amae", 10) == (1024, (64, 8))
-    assert grid("asit", 10, rows=297) == (1024, (64, 8)) and grid("asit", 3)[1] == (20, 8)
+    assert grid("asit", 10, rows=297) == (1024, (64, 8)) and grid("asit", 3)[1] == (19, 8)
     assert grid("beats", 5) == (498, (31, 8))
     assert grid("dasheng", 10)[1] == (250, 1) and grid("dasheng", 11)[1] == (275, 1)
     with pytest.raises(extract.Stop, match=r"positions for 1024 \(10.24 s\)"):
         grid("amae", 11)
     with pytest.raises(extract.Stop, match="12288"):
         grid("eat", 130)
+
+
+def test_too_short_for_a_token():
+    with pytest.raises(extract.Stop, match="fewer than the 16"):
+        extract.Encoder("logmel", None, 0.1)
 
 
 def test_dasheng_chunks_are_encoded_apart():
@@ -584,6 +589,43 @@ def test_bad_files_are_skipped_counted_and_named():
     refused(run("--overwrite"), "missing", "--allow-bad")
 
 
+def test_bad_files_of_several_ranks_are_counted_together():
+    """2 % unreadable, 1 % for each of two ranks: neither stops by itself, the dump does."""
+    folder_of_clips(clips=100)
+    clips = [{"path": f"audio/{i}.wav", "start": 0, "split": "train", "labels": set()}
+             for i in range(100)]
+    os.makedirs("tokens/x/y")
+    for rank, row in ((0, 1), (1, 9)):
+        lines = [[b, {row: "bad"} if b == rank else {}] for b in range(rank, 13, 2)]
+        pathlib.Path(f"tokens/x/y/progress.{rank}").write_text(
+            "".join(json.dumps(x) + "\n" for x in lines))
+    with pytest.raises(extract.Stop, match="2 of 100 clips are unreadable"):
+        extract.finish_dump("tokens/x/y", clips, [], {"block": 8}, 1)
+
+
+def test_starts_keep_their_digits_and_missing_ones_count_each():
+    folder_of_clips(clips=4)
+    soundfile.write("data/mine/long.wav", np.zeros(16000 * 3) + 0.1, 16000)
+    rows = ["path,split,labels,start"]
+    rows += [f"long.wav,{s},a;b;c,{x}" for s, x in (("train", 0.123456789), ("test", 1.000001))]
+    pathlib.Path("data/mine/manifest.csv").write_text("\n".join(rows) + "\n")
+    assert run().returncode == 0
+    starts = [r["start"] for r in csv.DictReader(open("tokens/mine/logmel/clips.csv"))]
+    assert starts == ["0.123456789", "1.000001"]
+    rows += [f"gone.wav,train,a,{i}" for i in range(50)]
+    pathlib.Path("data/mine/manifest.csv").write_text("\n".join(rows) + "\n")
+    refused(run("--overwrite"), "50 of 52 clips are missing")
+
+
+def test_events_are_checked():
+    folder_of_clips(clips=4)
+    pathlib.Path("data/mine/events.csv").write_text("label,path,onset,offset\na,./audio/1.wav,0,1\n")
+    assert run().returncode == 0
+    assert open("tokens/mine/logmel/events.csv").read().splitlines()[1] == "audio/1.wav,0.0,1.0,a"
+    pathlib.Path("data/mine/events.csv").write_text("path,onset,label\naudio/1.wav,0,a\n")
+    refused(run("--overwrite"), "events.csv", "path,onset,offset,label")
+
+
 def test_overflow_names_the_clip(monkeypatch):
     folder_of_clips(clips=10)
     state = small("eat")
@@ -615,6 +657,7 @@ def test_mistakes_get_one_sentence():
     refused(script("extract.py", "--data", "mien"), "mien", "mine")
     refused(run("--model", "logmel", "--checkpoint", "x.pt"), "no weights")
     refused(run("--precision", "fp16"), "CPU")
+    refused(run("--device", "cuda"), "no CUDA device")
     refused(run("--model", "asit"), "--checkpoint")
     os.rename("data/mine", "data/elsewhere")
     refused(run(), "data/mine is not there")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import time
 
@@ -410,6 +411,19 @@ def test_valid_runs_go_elsewhere_and_never_see_test():
     assert np.load(runs() / "rows.npy").tolist() == list(range(90, 120))
 
 
+def test_a_dump_that_changed_makes_its_runs_stale():
+    """Also one without extract.py's own record of its clips."""
+    tokens, labels = planted(clips=60)
+    splits = ["train"] * 40 + ["test"] * 20
+    write_dump("tokens/d/m", tokens, labels, splits)
+    assert script("probe.py", "--pool", "mean", "--seeds", 1).returncode == 0
+    shutil.rmtree("tokens")
+    write_dump("tokens/d/m", tokens[::-1], labels[::-1], splits)
+    refused(script("probe.py", "--pool", "mean", "--seeds", 1), "tokens_md5, labels_md5")
+    scored = script("evaluate.py")
+    assert scored.returncode == 1 and "labels are others now" in scored.stderr
+
+
 def test_shuffled_labels_bring_every_head_to_the_baseline():
     """No head may find its way to the test labels: trained on permuted labels, macro mAP is within
     3 points of prevalence; trained on the true ones it is not."""
@@ -467,6 +481,13 @@ def test_mistakes_get_one_sentence():
     refused(script("probe.py", "--valid"), "--valid needs train and valid")
     refused(script("probe.py", "--pool", "mhca,ep", "--data", "x"), "tokens/x")
     refused(script("probe.py", "--seeds", 0), "--seeds")
+    refused(script("probe.py", "--lr", 0), "--lr")
+    refused(script("probe.py", "--device", "cuda"), "no CUDA device")
+    pathlib.Path("file").write_text("")
+    refused(script("probe.py", "--seeds", 1, "--runs", "file"), "file")
+    np.save(folder / "cls.npy", np.zeros((3, 32), np.float16))
+    refused(script("probe.py", "--pool", "linear"), "cls.npy")
+    os.remove(folder / "cls.npy")
     refused(script("probe.py", "--lr", 1e30, "--pool", "mlp", "--seeds", 1), "loss is")
     assert not list(pathlib.Path("runs").rglob("seed*"))
 
