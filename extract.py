@@ -1005,8 +1005,6 @@ def read_checkpoint(file):
                  (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)]
         with torch.serialization.safe_globals([argparse.Namespace, *paths]):
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Stop(f"{file}: no such file; give --checkpoint the file you downloaded")
     except Exception as e:  # every reader has its own errors for the same two causes
         reason = " ".join(str(e).split())[:160]
         raise Stop(f"{file}: not a whole checkpoint of plain tensors ({reason}); download it again")

@@ -528,12 +528,11 @@ class Store:
             for part, slot in zip(parts, slots):
                 yield part, self.resident[slot].float()
             return
-        for part, tokens in zip(parts, self.reads(rows)):
+        for part, tokens in zip(parts, self.reads(parts)):
             yield part, tokens.to(self.device, non_blocking=True).float()
 
-    def reads(self, rows):
-        """Yield the batches of rows from the file; the next two are read meanwhile."""
-        parts = rows.split(BATCH)
+    def reads(self, parts):
+        """Yield the tokens of each part from the file; the next two are read meanwhile."""
         with concurrent.futures.ThreadPoolExecutor(1) as ahead:
             jobs = [ahead.submit(self.read, part) for part in parts[:2]]
             for i in range(len(parts)):
