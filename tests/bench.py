@@ -11,6 +11,7 @@ Absolute times belong to the machine they were taken on: quote the ratios. Every
 turn, A B A B ..., and the median is printed.
 """
 
+import inspect
 import os
 import pathlib
 import resource
@@ -140,7 +141,9 @@ def protobin_graph(kind, K, B, N=512, D=768):
 
 
 def bench_probe(one=None):
-    """protobin at N = 512, D = 768. Peak memory is what a step adds to the tokens, each graph in a
+    """protobin at N = 512, D = 768.
+
+    Peak memory is what a step adds to the tokens, each graph in a
     process of its own. The forward's product is the floor: the backward adds up winners only, a
     naive graph multiplies twice and keeps two or three (B, N, K) tensors."""
     import probe
@@ -318,5 +321,5 @@ if __name__ == "__main__":
         bench_probe(sys.argv[2:])
     else:
         machine()
-        print(names[sys.argv[1]].__doc__.split("\n\n")[0].strip(), end="\n\n")
+        print(inspect.cleandoc(names[sys.argv[1]].__doc__), end="\n\n")
         names[sys.argv[1]]()
