@@ -1480,14 +1480,17 @@ def main():
                          "soundfile": soundfile.__version__},
             "clips": f"{len(clips)}, md5 "
                      + hashlib.md5(repr(clip_rows(clips)).encode()).hexdigest()[:12],
-            "block": BLOCK[args.device], "done": 0,
-            "complete": False}
+            "block": BLOCK[args.device], "done": 0, "complete": False}
     for rule in data["rules"]:
         if "prototypes" in rule:
             meta["prototypes"] = int(rule["prototypes"])
         if "names" in rule:
-            table = read_table(os.path.join(root, rule["names"]), {}, {})
-            meta["names"] = {row.get("mid"): row.get("display_name") for row in table}
+            table = os.path.join(root, rule["names"])
+            try:
+                meta["names"] = {row["mid"]: row["display_name"]
+                                 for row in read_table(table, {}, {})}
+            except KeyError as e:
+                raise Stop(f"{table}: no column {e}; the header of names= is mid,display_name")
         if "shots" in rule:
             meta["shots_seed"] = args.shots_seed
     if rank == 0:

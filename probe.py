@@ -341,7 +341,7 @@ class Prototypes(torch.nn.Module):
 
         @staticmethod
         def forward(ctx, tokens, p):
-            (B, N, D), K, cuda = tokens.shape, len(p), tokens.is_cuda
+            (B, N, _), K, cuda = tokens.shape, len(p), tokens.is_cuda
             scores = tokens.new_empty(K, B)
             places = torch.empty(K, B, dtype=torch.long, device=tokens.device)  # row of (B*N, D)
             length = tokens.norm(dim=2).clamp(min=1e-12)                     # (B, N)
@@ -407,7 +407,6 @@ class Prototypes(torch.nn.Module):
         (B, N, _), C = tokens.shape, len(self.constant())
         out = tokens.new_zeros(B, N, C)
         if self.kind == "proto":
-            M = self.weight.shape[1]
             dense = torch.block_diag(*self.weight.relu()).T                  # (K, C)
         else:
             dense = self.linear.weight.T
