@@ -555,6 +555,7 @@ def test_two_ranks_equal_one_and_survive_a_kill():
             while not os.path.exists("tokens/mine/logmel/progress.1"):
                 time.sleep(0.01)
             jobs[1].send_signal(signal.SIGKILL)
+            jobs[0].send_signal(signal.SIGTERM)  # as torchrun does when a rank is gone
             jobs[0].wait(timeout=120)
             assert not json.load(open("tokens/mine/logmel/meta.json"))["complete"]
             assert start("extract.py", "--data", "mine").wait() == 0
