@@ -5,6 +5,7 @@
     python tests/bench.py io          # training reads beside the disk's sequential rate
     python tests/bench.py evaluate    # bootstrap beside scikit-learn in a loop
     python tests/bench.py scale       # 20,000 clips, K = 5,270: s/epoch and memory
+    python tests/bench.py seeds       # five seeds in one pass over the data beside one by one
     python tests/bench.py rates       # no speed: learning rates at K = 10,000
 
 Absolute times belong to the machine they were taken on: quote the ratios. Every pair runs in
@@ -105,9 +106,32 @@ def bench_extract():
     with tempfile.NamedTemporaryFile(suffix=".wav") as f:
         import soundfile
         soundfile.write(f.name, np.random.default_rng(0).uniform(-.1, .1, (441000, 2)), 44100)
+        carried, native = workers(f.name, B, 16000), workers(f.name, B, 44100)
         torch.set_num_threads(1)
-        read = clock(lambda: extract.read_wave(f.name, 0, 10))[0]
-    print(f"  reading + resampling  {1 / read:8.2f} clips/s per worker (10 s of 44.1 kHz stereo)")
+        wave = torch.randn(441000)
+        read, resampled = clock(lambda: extract.read_wave(f.name, 0, 10),
+                                lambda: extract.resampler(44100)(wave), rounds=15)
+    print(f"  10 s of 44.1 kHz stereo: {1 / read:.0f} clips/s read and resampled by one worker, "
+          f"{resampled / read:.0%} of it resampling")
+    print(f"  {os.cpu_count()} workers bring       {carried:8.2f} clips/s   {carried * ours:.1f} x "
+          f"what the encoder takes; {native:.0f} clips/s if they left the resampling to the device")
+
+
+def workers(file, B, rate):
+    """Clips/s that one process gets from the loader of fill_dump, one worker a core. At the
+    file's own rate nothing is resampled, but more is carried."""
+    import extract
+    extract.RATE, was = rate, extract.RATE
+    blocks = extract.Blocks([{"source": file, "start": 0}] * 40 * B, 10, B)
+    loader = torch.utils.data.DataLoader(blocks, batch_size=None, num_workers=os.cpu_count(),
+                                         pin_memory=DEVICE == "cuda")
+    for i, (_, bad) in enumerate(loader):
+        assert not bad, bad
+        if i == 4:  # all workers are there
+            begin = time.perf_counter()
+    seconds = time.perf_counter() - begin
+    extract.RATE = was
+    return 35 * B / seconds
 
 
 def protobin_graph(kind, K, B, N=512, D=768):
@@ -162,11 +186,12 @@ def bench_probe(one=None):
         _, tokens, head = steps[0]
         flat, p = tokens.reshape(-1, 768), head.prototypes.detach()
         half = (flat.half(), p.half()) if DEVICE == "cuda" else (flat, p)
-        chunk = 2 * 512  # two clips: the product stays out of memory
+        some = 512 if DEVICE == "cpu" else len(flat)  # rows at a time: out of memory, in the cache
 
         def floor():
-            for i in range(0, len(flat), chunk):
-                half[0][i:i + chunk] @ half[1].T
+            for x in half[0].split(some):
+                for q in half[1].split(1024):
+                    q @ x.T
         times = clock(*(s for s, *_ in steps), floor, rounds=3 if K > 1000 else 5)
         grads = []
         for step, _, h in steps:
@@ -183,6 +208,40 @@ def bench_probe(one=None):
         for kind, t, m in list(zip(kinds, times, peak))[1:]:
             print(f"  {kind:>7} graph  {t:.3f} s, {m / 1e9:.2f} GB   ours is {t / times[0]:.2f} x "
                   f"faster with {peak[0] / m:.2f} of the memory")
+
+
+def bench_seeds(clips=1024, N=512, D=768, C=10, seeds=5):
+    """Five seeds of a head, one epoch: each by itself, as probe.py trains them, beside one pass in
+    which every batch goes to all five, who then have the order of the clips in common.
+
+    What one pass could save is fetching a batch and making it float32, so it matters where that is
+    slow beside the step: light heads, or tokens that do not fit into memory."""
+    import probe
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        file = os.path.join(folder, "tokens.npy")
+        block = np.random.default_rng(0).standard_normal((64, N, D)).astype(np.float16)
+        np.save(file, np.tile(block, (clips // 64, 1, 1)))
+        labels, rows = (torch.rand(clips, C) < 0.1).float().to(DEVICE), torch.arange(clips)
+        for budget in (1e12, 0):
+            store = probe.Store(file, rows, DEVICE, budget)
+            for pool in ("mean", "mhca", "protobin"):
+                torch.manual_seed(0)
+                heads = [probe.make_head(pool, D, C, (64, 8)).to(DEVICE) for _ in range(seeds)]
+                steps = [torch.optim.AdamW(head.parameters(), fused=True) for head in heads]
+
+                def train(some):
+                    if budget == 0:
+                        drop_cache(file)
+                    for part, tokens in store.batches(rows[torch.randperm(clips)]):
+                        for k in some:
+                            steps[k].zero_grad()
+                            probe.asymmetric_loss(heads[k](tokens), labels[part]).backward()
+                            steps[k].step()
+                alone, shared = clock(lambda: [train([k]) for k in range(seeds)],
+                                      lambda: train(range(seeds)), rounds=3)
+                print(f"{pool:>8}, {'resident' if budget else 'from the file'}: {seeds} seeds, "
+                      f"one epoch each: {alone:.2f} s one by one, {shared:.2f} s in one pass = "
+                      f"{alone / shared:.2f} x faster")
 
 
 def drop_cache(file):
