@@ -39,6 +39,7 @@ WORK = 1.5e10       # clips x classes x seeds x resamples, at most about a minut
 REACH = 2.15        # standard deviations to each side for 95 %: 1.96, and a little because they
                     # are estimates from few positives; by simulation, see interval() [ours]
 BIRDSET = "hsn nbp nes per pow sne uhh".split()  # there macro mAP is called cmAP [official code]
+SETTINGS = "lr weight_decay loss epochs batch prototypes tokens_md5".split()  # same for all seeds
 PANELS = 5          # classes in a picture, at most [ours]
 COLUMNS = ["data", "model", "head", "metric", "scored", "score", "seeds", "sd", "low", "high",
            "resamples", "micro mAP", "AUROC", "d'", "macro accuracy", "parameters", "s/epoch",
@@ -235,6 +236,7 @@ def read_dump(folder, split="test"):
             clips = list(csv.DictReader(f))
         classes = open(os.path.join(folder, "classes.txt"), encoding="utf-8").read().splitlines()
         task, paths = meta["task"], np.array([clip["path"] for clip in clips])
+        splits = "\n".join(str(clip["split"]) for clip in clips).encode()
     except (OSError, ValueError, EOFError, KeyError) as e:
         raise ValueError(f"its dump {folder} cannot be read ({e})")
     if labels.shape != (len(clips), len(classes)):
@@ -247,7 +249,7 @@ def read_dump(folder, split="test"):
               "cmAP (= macro mAP)" if data in BIRDSET else "macro mAP")
     name = {"data": data + (" (valid)" if split == "valid" else ""), "model": model}
     return {"folder": folder, "name": name, "audio": os.path.join("data", data), "task": task,
-            "labels_md5": hashlib.md5(np.ascontiguousarray(labels).tobytes()).hexdigest(),
+            "labels_md5": hashlib.md5(np.ascontiguousarray(labels).tobytes() + splits).hexdigest(),
             "meta": meta, "metric": metric, "labels": labels > 0, "clips": clips, "paths": paths,
             "classes": classes,
             "heads": collections.defaultdict(list)}
@@ -266,9 +268,10 @@ def read_run(folder, dump):
     if not isinstance(info, dict) or rows.dtype.kind not in "iu":
         raise ValueError(f"run.json or rows.npy ({rows.dtype}) is not what probe.py writes")
     if info.get("labels_md5", dump["labels_md5"]) != dump["labels_md5"]:
-        raise ValueError("the dump's labels are others now; probe again")
-    if info.get("dump", {}).get("clips") != dump["meta"].get("clips"):
-        raise ValueError("the dump has been made anew since, with other clips; probe again")
+        raise ValueError("the dump's labels or splits are others now; probe again")
+    for key in ("clips", "checkpoint", "precision"):
+        if info.get("dump", {}).get(key) != dump["meta"].get(key):
+            raise ValueError(f"the dump has been made anew since, with other {key}; probe again")
     if logits.ndim != 2 or logits.shape[1] != C:
         raise ValueError(f"logits.npy is {logits.shape}, the dump has {C} classes")
     if not (0 < len(np.unique(rows)) == len(rows) == len(logits)
@@ -288,8 +291,6 @@ def read_runs(root, *wanted):
     dumps = {}
     names = [glob.escape(name) if name else "*" for name in wanted]
     for folder in sorted(glob.glob(os.path.join(glob.escape(root), *names, "seed*"))):
-        if folder.endswith(".part"):
-            continue  # is being made
         data, model, pool = folder.split(os.sep)[-4:-1]
         try:
             key = data, model, split_of(folder)  # chosen settings and results never mix
@@ -299,6 +300,11 @@ def read_runs(root, *wanted):
             run = read_run(folder, dump)
             if not np.array_equal(dump.setdefault("rows", run["rows"]), run["rows"]):
                 raise ValueError("it was tested on other clips than the runs before it")
+            first = (dump["heads"][pool] or [run])[0]
+            differ = [k for k in SETTINGS if run["info"].get(k) != first["info"].get(k)]
+            if differ:
+                raise ValueError(f"its {' '.join(differ)} differ from those of {first['folder']}; "
+                                 f"make all seeds anew with --overwrite")
             dump["heads"][pool].append(run)
         except ValueError as e:
             print(f"skipped {folder}: {e}", file=sys.stderr)
@@ -465,9 +471,13 @@ def read_events(dump):
     events, file = collections.defaultdict(list), os.path.join(dump["folder"], "events.csv")
     if os.path.exists(file):
         with open(file, newline="", encoding="utf-8") as f:
-            for row in csv.DictReader(f):
-                when = float(row["onset"]), float(row["offset"])
-                events[row["path"]].append((*when, row["label"]))
+            try:
+                for row in csv.DictReader(f):
+                    when = float(row["onset"]), float(row["offset"])
+                    events[row["path"]].append((*when, row["label"]))
+            except (KeyError, TypeError, ValueError) as e:
+                raise Stop(f"{file}: a row cannot be read ({e}); its header is "
+                           f"path,onset,offset,label, the times are seconds")
     _, seconds = times(dump)
     starts = [float(clip["start"]) for clip in dump["clips"]]
     return [[(a - start, b - start, label) for a, b, label in events[clip["path"]]
@@ -635,8 +645,10 @@ def main():
         raise Stop("--resamples must be 2 or more")
     dumps = read_runs(args.runs, args.data, args.model, args.pool)
     if not dumps:
-        print(f"evaluate.py: no run below {args.runs}/ can be scored; make one with "
-              f"python probe.py", file=sys.stderr)
+        only = "".join(f" --{k} {v}" for k, v in vars(args).items()
+                       if k in ("data", "model", "pool") and v)
+        print(f"evaluate.py: no run below {args.runs}/ can be scored{only and ' with' + only}; "
+              f"make one with python probe.py", file=sys.stderr)
         sys.exit(1)
     if args.show:
         return show_clip(dumps, args.show, args.pool or "protobin")
@@ -652,3 +664,9 @@ if __name__ == "__main__":
         main()
     except Stop as e:
         sys.exit(print(f"evaluate.py: {e}", file=sys.stderr) or 2)
+    except BrokenPipeError:  # | head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        sys.exit(print(f"evaluate.py: {e.filename}: {e.strerror}; mend that", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)

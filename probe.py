@@ -13,13 +13,15 @@ Writes   runs/<data>/<model>/<pool>/seed<k>/
     python probe.py --pool linear,mhca,protobin --data esc50 --model eat
     python probe.py --pool protobin --valid --lr 0.003       # choose on `valid`, in runs_valid/
 
-Test labels are never read here: evaluate.py does the scoring. Each head below is one class that
+Test labels play no part here: evaluate.py does the scoring. Each head below is one class that
 needs torch alone: copy the one you want.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -51,9 +53,9 @@ STALE = 3600        # seconds without a sign of life after which a claimed run i
 # (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These are fixed [ours]: the best
 # inside those ranges on validation clips of the demo with the encoders logmel (D = 256) and random
 # (D = 768) and of 500 planted classes (K = 10,000), where they disagree the one that fails on none
-# (mlp, ep and mhca diverge above 1e-3 at D = 768). README has the table.
-LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 7e-3, "conv": 1e-3, "linpre": 3e-3,
-      "abmilp": 1e-3, "simpool": 7e-3, "ep": 1e-3, "mhca": 1e-3, "proto": 8e-2,
+# (mlp, linpre, ep and mhca lose above 1e-3 at D = 768). README has the table.
+LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 7e-3, "conv": 1e-3, "linpre": 1e-3,
+      "abmilp": 3e-3, "simpool": 7e-3, "ep": 1e-3, "mhca": 1e-3, "proto": 8e-2,
       "protofloat": 1e-2, "protobin": 1e-2}
 LR_K = 10  # protobin, protofloat: at most LR_K / K, not below 2e-3. Adam's first steps move all K
            # weights of a class together, a logit by lr * K * mean score; 5e-3 fails at K = 10,000
@@ -352,12 +354,13 @@ class Prototypes(torch.nn.Module):
             length = tokens.norm(dim=2).clamp(min=1e-12)                     # (B, N)
             chunks = p.split(1024)
             fast = p.half().split(1024) if cuda else chunks
-            step = max(1, (2 ** 27 if cuda else 2 ** 19) // (len(chunks[0]) * N))
+            step = (2 ** 27 if cuda else 2 ** 19) // (len(chunks[0]) * N)
+            step = min(B, max(1, step))
             tile = fast[0].new_empty(len(chunks[0]) * step * N)  # used again and again
             for b in range(0, B, step):
                 x = (tokens[b:b + step] / length[b:b + step, :, None]).flatten(0, 1)  # (b*N, D)
-                wide, first = x.half().T if cuda else x.T, torch.arange(len(x) // N) * N
-                first, some = first.to(x.device), slice(b, b + step)
+                wide, some = x.half().T if cuda else x.T, slice(b, b + step)
+                first = N * torch.arange(len(x) // N, device=x.device)       # row of each clip
                 for k, (exact, rough) in enumerate(zip(chunks, fast)):
                     rows = slice(1024 * k, 1024 * k + len(exact))
                     dots = tile[:len(exact) * len(x)].view(len(exact), len(x))  # (k, b*N)
@@ -497,14 +500,23 @@ class Store:
         self.shape, self.offset, self.stride = array.shape, array.offset, array[0].nbytes
         self.fd = os.open(file, os.O_RDONLY)
         self.pool = concurrent.futures.ThreadPoolExecutor(4)
-        self.slot = torch.full((len(array),), -1)
-        self.resident = None
-        if len(rows) * self.stride <= budget:
-            self.resident = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float16,
-                                        device=device)
-            for i in range(0, len(rows), 1024):
-                self.resident[i:i + 1024] = self.read(rows[i:i + 1024])
-            self.slot[rows] = torch.arange(len(rows))
+        self.slot, self.resident = torch.full((len(array),), -1), None
+        self.rows = rows if len(rows) * self.stride <= budget else None
+
+    def fill(self):
+        """Read the resident rows, once; where the memory is not there, do without."""
+        rows, self.rows = self.rows, None
+        if rows is None:
+            return
+        try:
+            resident = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float16,
+                                   device=self.device)
+        except RuntimeError:  # of which torch.OutOfMemoryError is one
+            print("no memory for resident tokens: they are read from the file in every epoch")
+            return
+        for i in range(0, len(rows), BATCH):
+            resident[i:i + BATCH] = self.read(rows[i:i + BATCH])
+        self.slot[rows], self.resident = torch.arange(len(rows)), resident
 
     def buffer(self, clips):
         return torch.empty((clips, *self.shape[1:]), dtype=torch.float16,
@@ -520,8 +532,11 @@ class Store:
                 done = 0
                 while done < self.stride:
                     at = i * self.stride
-                    done += os.preadv(self.fd, [view[at + done:at + self.stride]],
-                                      self.offset + row * self.stride + done)
+                    got = os.preadv(self.fd, [view[at + done:at + self.stride]],
+                                    self.offset + row * self.stride + done)
+                    if not got:
+                        raise OSError(errno.EIO, "it ends early", self.file)
+                    done += got
         jobs = sorted(enumerate(rows.tolist()), key=lambda job: job[1])
         share = -(-len(jobs) // 4)
         list(self.pool.map(fetch, [jobs[i:i + share] for i in range(0, len(jobs), share)]))
@@ -531,6 +546,7 @@ class Store:
         """Yield (rows of the batch, tokens (B, N, D) float32 on the device, good until the next).
 
         Every batch is written into the same memory: fresh pages cost more than what is copied."""
+        self.fill()
         parts, shape = rows.split(BATCH), (min(BATCH, len(rows)), *self.shape[1:])
         whole = torch.empty(shape, device=self.device)
         if self.resident is not None and bool((self.slot[rows] >= 0).all()):
@@ -560,6 +576,9 @@ class Store:
 class NoTokens:
     """The store of heads that only want [cls]: batches of row numbers."""
     resident = None
+
+    def fill(self):
+        pass
 
     def batches(self, rows):
         for part in rows.split(BATCH):
@@ -626,8 +645,8 @@ def centre(head, store, rows):
 
 
 def run(pool, seed, dump, store, cls, labels, args, folder):
-    """Train every fold, test each clip once, write the run; claimed by a .part folder, which is
-    renamed when all is in it. Returns False if the run is there or being made elsewhere."""
+    """Train every fold, test each clip once, write the run into a folder of this process's own,
+    which gets its name when all is in it. Returns False if the run is there or being made."""
     C, (N, D) = labels.shape[1], dump["shape"][1:]
     settings = {"pool": pool, "seed": seed, "lr": default_lr(pool, dump["M"] * C)
                 if args.lr is None else args.lr,
@@ -637,25 +656,32 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
                 "split": "valid" if args.valid else "test", "dump": dump["meta"],
                 "tokens_md5": dump["tokens_md5"], "labels_md5": dump["labels_md5"]}
     if os.path.exists(os.path.join(folder, "run.json")) and not args.overwrite:
-        old = json.load(open(os.path.join(folder, "run.json"), encoding="utf-8"))
-        differ = [k for k in settings if old.get(k) != settings[k]]
+        try:
+            old = json.load(open(os.path.join(folder, "run.json"), encoding="utf-8"))
+            differ = [k for k in settings if old.get(k) != settings[k]]
+        except (ValueError, AttributeError):
+            raise Stop(f"{folder}/run.json cannot be read; --overwrite makes the run anew")
         if differ:
             raise Stop(f"{folder} was made with other settings ({', '.join(differ)}); "
                        f"--overwrite makes it anew")
         if not args.evidence or os.path.exists(os.path.join(folder, "evidence.npy")):
             print(f"{folder} is there already")
             return False
-    part = folder + ".part"
-    if not claim(part):
-        print(f"{folder} is being made elsewhere, left alone")
+    work, lock = claim(folder)
+    if not work:
+        print(f"{folder} is being made elsewhere, left alone (if it is not: rm {lock})")
         return False
     try:
         M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
         heads, tested, logits, losses, seconds, done = {}, [], [], {}, [], 0
         if args.evidence:
             clips = sum(len(test) for _, test in dump["folds"].values())
-            evidence = np.lib.format.open_memmap(os.path.join(part, "evidence.npy"), "w+",
+            evidence = np.lib.format.open_memmap(os.path.join(work, "evidence.npy"), "w+",
                                                  np.float16, (clips, C, N))
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no crash later
+                with open(evidence.filename, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(evidence.filename))
+        store.fill()
         begin = time.time()
         peak_memory(device, reset=True)
         for fold, (rows, test) in dump["folds"].items():
@@ -663,7 +689,8 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
             head = make_head(pool, D, C, grid, M).to(device)
 
             def alive(epoch, loss, took):
-                os.utime(part)
+                with contextlib.suppress(FileNotFoundError):  # another took it over
+                    os.utime(lock)
                 name = f"{pool} seed {seed}" + (f" fold {fold}" if len(dump["folds"]) > 1 else "")
                 if sys.stderr.isatty():
                     print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {loss:.5f}  {took:.2f} s",
@@ -685,63 +712,64 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         logits = np.concatenate(logits).astype(np.float32)
         if not np.isfinite(logits).all():
             raise Stop(f"{dump['folder']}: some tested clip has tokens that are not finite")
-        np.save(os.path.join(part, "logits.npy"), logits)
-        np.save(os.path.join(part, "rows.npy"), np.concatenate(tested).astype(np.int64))
-        save_head(os.path.join(part, "head.pt"), pool, D, C, grid, M, heads)
+        np.save(os.path.join(work, "logits.npy"), logits)
+        np.save(os.path.join(work, "rows.npy"), np.concatenate(tested).astype(np.int64))
+        save_head(os.path.join(work, "head.pt"), pool, D, C, grid, M, heads)
         extra = {"parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
                  "seconds_per_epoch": sum(seconds) / len(seconds), "seconds": time.time() - begin,
                  "peak_memory_bytes": peak_memory(device), "device": device_name(device),
                  "wants": head.wants, "cls": dump["cls_is"], "resident": store.resident is not None,
                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
                               "numpy": np.__version__}}
-        with open(os.path.join(part, "run.json"), "w", encoding="utf-8") as f:
+        with open(os.path.join(work, "run.json"), "w", encoding="utf-8") as f:
             json.dump(settings | extra, f, indent=1)
-        os.remove(os.path.join(part, "owner"))
         shutil.rmtree(folder, ignore_errors=True)  # what was there stays until this moment
-        os.rename(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(lock)
     print(f"{pool:>10}  seed {seed}  {extra['parameters']:>10,} parameters  "
           f"{extra['seconds_per_epoch']:.2f} s/epoch  loss {losses[fold][-1]:.5f}  -> {folder}")
     return True
 
 
-def claim(part):
-    """Make the folder a run is written to, for this process alone; True if it is ours.
+def claim(folder):
+    """(a folder of its own to make a run in, lock file); no folder if another process makes it.
 
-    It appears with its owner's name in it, so two cannot both have it. A claim whose process is
-    gone (same machine), or that shows no sign of life for STALE seconds (another machine), is
-    taken over."""
-    host = socket.gethostname()
-    mine = os.path.join(os.path.dirname(part), f".{os.path.basename(part)}-{host}-{os.getpid()}")
-    os.makedirs(mine)
-    with open(os.path.join(mine, "owner"), "w") as f:
-        f.write(f"{host} {os.getpid()}")
+    The lock holds host and pid of who does. It is void if that process is gone (same machine) or
+    gave no sign of life for STALE seconds (another machine). Should two take it over at once, both
+    runs are made whole, and the later one stays."""
+    parent, name = os.path.split(folder)
+    lock, host = os.path.join(parent, f".{name}.lock"), socket.gethostname()
+    os.makedirs(parent, exist_ok=True)
     try:
-        with open(os.path.join(part, "owner")) as f:
-            where, pid = f.read().split()
-        if (where == host and not alive_pid(int(pid))) \
-                or time.time() - os.path.getmtime(part) > STALE:
-            shutil.rmtree(part, ignore_errors=True)
-    except (OSError, ValueError):
-        pass  # there is none
+        age = time.time() - os.path.getmtime(lock)
+        where, pid = (open(lock).read().split() + ["", "0"])[:2]  # "": killed before it wrote
+        if not alive_pid(int(pid)) if where == host else age > STALE:
+            shutil.rmtree(os.path.join(parent, f".{name}-{where}-{pid}"), ignore_errors=True)
+            os.remove(lock)
+    except FileNotFoundError:
+        pass  # nobody makes it
     try:
-        os.rename(mine, part)  # fails where a claim stands, as that is not empty
-    except OSError:
-        shutil.rmtree(mine)
-        return False
-    return True
+        with open(lock, "x") as f:
+            f.write(f"{host} {os.getpid()}")
+    except FileExistsError:
+        return None, lock
+    work = os.path.join(parent, f".{name}-{host}-{os.getpid()}")
+    os.makedirs(work)
+    return work, lock
 
 
 def alive_pid(pid):
+    """Whether another process of this machine has this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    return pid != os.getpid()
 
 
 def peak_memory(device, reset=False):
@@ -776,7 +804,7 @@ def newest_dump(data, model):
         try:
             if json.load(open(file, encoding="utf-8"))["complete"]:
                 found.append((os.path.getmtime(file), os.path.dirname(file)))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     if not found:
         raise Stop(f"no complete dump in tokens/{data or '*'}/{model or '*'}; make one with "
@@ -794,16 +822,22 @@ def open_dump(folder, valid):
             return np.load(os.path.join(folder, name), mmap_mode="r")
         except (OSError, ValueError, EOFError) as e:
             raise Stop(f"{folder}/{name} cannot be read ({e}); extract the tokens again")
-    with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-        meta = json.load(f)
+    meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
     absent = {"task", "grid", "complete"} - set(meta)
     if absent:
         raise Stop(f"{folder}/meta.json lacks {' '.join(sorted(absent))}")
+    if meta["task"] not in ("single", "multi") or not isinstance(meta["grid"], list) \
+            or [type(n) for n in meta["grid"]] != [int, int]:
+        raise Stop(f"{folder}/meta.json: task {meta['task']!r} must be single or multi, grid "
+                   f"{meta['grid']} must be [T, F]")
     tokens, labels = load("tokens.npy"), load("labels.npy")
     try:
         with open(os.path.join(folder, "clips.csv"), newline="", encoding="utf-8") as f:
-            splits = [row["split"] for row in csv.DictReader(f)]
-    except (OSError, KeyError) as e:
+            reader = csv.DictReader(f)
+            splits = [row["split"] for row in reader]
+            if not all(splits) or {"path", "start"} - set(reader.fieldnames):
+                raise ValueError("a column is missing, or some row's split")
+    except (OSError, KeyError, ValueError) as e:
         raise Stop(f"{folder}/clips.csv cannot be read ({e}); its header is "
                    f"path,start,split,labels")
     if not tokens.ndim == 3 or not len(tokens) == len(labels) == len(splits):
@@ -815,11 +849,20 @@ def open_dump(folder, valid):
                    f"does not fit tokens.npy {tokens.shape}; extract the tokens again")
     if tokens.dtype != np.float16:
         raise Stop(f"{folder}/tokens.npy is {tokens.dtype}; save it as float16")
+    if not tokens.flags.c_contiguous:
+        raise Stop(f"{folder}/tokens.npy is in Fortran order; save np.ascontiguousarray(tokens)")
+    if labels.max(initial=0) > 1 or (meta["task"] == "single" and (labels.sum(1) != 1).any()):
+        raise Stop(f"{folder}/labels.npy holds more than 0 and 1, or the task is single and some "
+                   f"clip has not exactly one class; mend it")
     if tokens.shape[1] != meta["grid"][0] * meta["grid"][1]:
         raise Stop(f"{folder}: {tokens.shape[1]} tokens a clip and grid {meta['grid']} in "
                    f"meta.json do not agree")
     rows = {s: torch.tensor([i for i, x in enumerate(splits) if x == s])
             for s in dict.fromkeys(splits)}
+    names = {"train", "valid", "test"}
+    if names & set(rows) and (set(rows) - names or not valid and "test" not in rows):
+        raise Stop(f"{folder}/clips.csv has the splits {' '.join(map(str, rows))}; they are train, "
+                   f"valid and test, the last one needed but for --valid, or folds of other names")
     if valid:
         if not {"train", "valid"} <= set(rows):
             raise Stop(f"{folder} has the splits {' '.join(rows)}; --valid needs train and valid")
@@ -835,9 +878,10 @@ def open_dump(folder, valid):
     else:
         raise Stop(f"{folder} has one split only ({' '.join(rows)}); name some clips test, or "
                    f"give them folds")
-    some = [tokens[i] for i in (0, len(tokens) // 2, -1)]  # enough to know the dump again
-    md5 = [hashlib.md5(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
-           for arrays in (some, [labels])]
+    some = [a[i] for a in (tokens, cls) if a is not None for i in (0, len(a) // 2, -1)]
+    md5 = [hashlib.md5(b"".join(parts)).hexdigest()  # enough to know the dump again
+           for parts in ([a.tobytes() for a in some],
+                         [np.ascontiguousarray(labels), "\n".join(splits).encode()])]
     return {"folder": folder, "meta": meta, "shape": tokens.shape, "labels": labels, "cls": cls,
             "tokens_md5": md5[0], "labels_md5": md5[1],
             "M": meta.get("prototypes", PROTOTYPES), "folds": folds}
@@ -849,9 +893,14 @@ def free_memory(device):
         return torch.cuda.mem_get_info()[0]
     try:
         lines = dict(line.split(":") for line in open("/proc/meminfo"))
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:  # a container or a batch job may have less than the machine
+        group = open("/proc/self/cgroup").read().strip().rpartition(":")[2]
+        return min(free, int(open(f"/sys/fs/cgroup{group}/memory.max").read()))
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return free
 
 
 def main():
@@ -913,6 +962,10 @@ def main():
     if wants != {"cls"} or dump["cls"] is None:
         store = Store(os.path.join(folder, "tokens.npy"), wanted, args.device,
                       budget if wants != {"cls"} else 0)
+        where = ("read for their means" if wants == {"cls"} else
+                 "resident" if store.rows is not None else "read from the file")
+        print(f"{device_name(device)}; training tokens {where}, "
+              f"{len(wanted) * store.stride / 1e9:.2f} GB")
     cls, dump["cls_is"] = None, None
     if wants & {"cls", "both"}:
         if dump["cls"] is not None:
@@ -921,11 +974,6 @@ def main():
             cls, dump["cls_is"] = mean_of_tokens(store, every), "mean of tokens (no [cls])"
             print("this encoder has no [cls]: linear, mlp and linearc use the mean of the tokens")
         cls = cls.to(device)
-    if store:
-        where = ("read for their means" if wants == {"cls"} else "resident"
-                 if store.resident is not None else "read from the file")
-        print(f"{device_name(device)}; training tokens {where}, "
-              f"{len(wanted) * store.stride / 1e9:.2f} GB")
     failed = []
     for pool in pools:
         only_cls = HEADS[pool].wants == "cls"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -681,7 +682,7 @@ def test_broken_dumps_are_named_and_skipped(kind):
 def test_unfinished_runs_are_not_looked_at():
     labels, logits = multi()
     dump("demo", labels)
-    os.rename(run("demo", "mean", logits), "runs/demo/eat/mean/seed0.part")
+    os.rename(run("demo", "mean", logits), "runs/demo/eat/mean/.seed0-box-12")
     done = script("evaluate.py")
     assert done.returncode == 1 and "seed0" not in done.stderr
     run("demo", "mean", logits)
@@ -693,6 +694,20 @@ def test_nothing_to_score():
     done = script("evaluate.py")
     assert done.returncode == 1 and done.stdout == ""
     assert "runs/" in done.stderr and "python probe.py" in done.stderr
+
+
+def test_runs_of_other_settings_or_weights_do_not_mix():
+    labels, logits = multi()
+    dump("demo", labels)
+    run("demo", "mean", logits)
+    other = run("demo", "mean", logits, seed=1)
+    change(other / "run.json", lr=5)
+    done = script("evaluate.py")
+    assert f"skipped {other}: its lr differ" in done.stderr and rows_of()[1]["seeds"] == 1
+    shutil.rmtree(other)
+    change("tokens/demo/eat/meta.json", checkpoint={"sha256": "another"})
+    done = script("evaluate.py")
+    assert done.returncode == 1 and "other checkpoint" in done.stderr
 
 
 def test_own_dumps_need_no_more_keys():

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import time
 
 import numpy as np
@@ -304,10 +305,10 @@ def test_store_reads_equal_resident_reads():
     rows = torch.randperm(200)
     inside = probe.Store(folder / "tokens.npy", torch.arange(200), "cpu", 1e9)
     outside = probe.Store(folder / "tokens.npy", torch.arange(200), "cpu", 0)
-    assert inside.resident is not None and outside.resident is None
     for (a, x), (b, y) in zip(inside.batches(rows), outside.batches(rows), strict=True):
         assert torch.equal(a, b) and torch.equal(x, y)
         assert torch.equal(x, torch.from_numpy(tokens[a].astype(np.float16)).float())
+    assert inside.resident is not None and outside.resident is None
     test = torch.arange(200, 300)  # not resident: read from the file by both
     assert torch.equal(torch.cat([x for _, x in inside.batches(test)]),
                        torch.from_numpy(tokens[200:].astype(np.float16)).float())
@@ -420,8 +421,11 @@ def test_a_dump_that_changed_makes_its_runs_stale():
     shutil.rmtree("tokens")
     write_dump("tokens/d/m", tokens[::-1], labels[::-1], splits)
     refused(script("probe.py", "--pool", "mean", "--seeds", 1), "tokens_md5, labels_md5")
+    shutil.rmtree("tokens")
+    write_dump("tokens/d/m", tokens, labels, splits[::-1], cls=tokens.mean(1))
+    refused(script("probe.py", "--pool", "mean", "--seeds", 1), "tokens_md5, labels_md5")
     scored = script("evaluate.py")
-    assert scored.returncode == 1 and "labels are others now" in scored.stderr
+    assert scored.returncode == 1 and "labels or splits are others" in scored.stderr
 
 
 def test_shuffled_labels_bring_every_head_to_the_baseline():
@@ -450,9 +454,9 @@ def test_shuffled_labels_bring_every_head_to_the_baseline():
 def test_killed_run_leaves_nothing_and_claims_are_respected():
     tokens, labels = planted(clips=3000, N=64, D=64, C=10)
     write_dump("tokens/d/m", tokens, labels, ["train"] * 2500 + ["test"] * 500)
-    part = runs().with_name("seed0.part")
+    lock = runs().with_name(".seed0.lock")
     job = start("probe.py", "--seeds", 1)
-    while not part.exists():
+    while not lock.exists():
         time.sleep(0.02)
         assert job.poll() is None, job.stderr.read()
     other = script("probe.py", "--seeds", 1)  # while the first one works
@@ -460,13 +464,25 @@ def test_killed_run_leaves_nothing_and_claims_are_respected():
     assert job.poll() is None
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert not runs().exists() and part.exists()
-    # its process is gone: taken over. A claim of another machine is left alone while it is young.
-    assert probe.claim(str(part))
-    (part / "owner").write_text("elsewhere 1")
-    assert not probe.claim(str(part))
-    os.utime(part, (1, 1))
-    assert probe.claim(str(part))
+    assert not runs().exists() and len(list(lock.parent.iterdir())) == 2
+    # its process is gone: taken over, and what it left is removed
+    work, _ = probe.claim(str(runs()))
+    assert sorted(p.name for p in lock.parent.iterdir()) == sorted([pathlib.Path(work).name,
+                                                                    ".seed0.lock"])
+    # a claim of another machine is left alone while it is young; so is one not yet written
+    for owner in ("elsewhere 1", ""):
+        lock.write_text(owner)
+        assert probe.claim(str(runs()))[0] is None
+        os.utime(lock, (1, 1))
+        shutil.rmtree(work)
+        assert probe.claim(str(runs()))[0] == work
+    # one of this machine is never too old while its process lives
+    lock.write_text(f"{socket.gethostname()} {os.getppid()}")
+    os.utime(lock, (1, 1))
+    assert probe.claim(str(runs()))[0] is None
+    lock.write_text(f"{socket.gethostname()} {os.getpid()}")  # of a machine that began anew
+    shutil.rmtree(work)
+    assert probe.claim(str(runs()))[0] == work
 
 
 # ---------------------------------------------------------------------------------------------
@@ -492,7 +508,8 @@ def test_mistakes_get_one_sentence():
     assert not list(pathlib.Path("runs").rglob("seed*"))
 
     meta = json.loads((folder / "meta.json").read_text())
-    for change, words in (({"complete": False}, ["no complete dump"]), ({"grid": [5, 2]}, ["grid"])):
+    for change, words in (({"complete": False}, ["no complete dump"]), ({"grid": [5, 2]}, ["grid"]),
+                          ({"grid": 12}, ["grid"]), ({"task": "multilabel"}, ["multilabel"])):
         (folder / "meta.json").write_text(json.dumps(meta | change))
         refused(script("probe.py"), *words)
     (folder / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "task"}))
@@ -505,10 +522,46 @@ def test_mistakes_get_one_sentence():
     np.save(folder / "labels.npy", labels.astype(np.uint8))
     np.save(folder / "tokens.npy", tokens.astype(np.float32))
     refused(script("probe.py"), "float16")
+    np.save(folder / "tokens.npy", np.asfortranarray(tokens.astype(np.float16)))
+    refused(script("probe.py"), "Fortran order")
+    np.save(folder / "tokens.npy", tokens.astype(np.float16))
+    np.save(folder / "labels.npy", 255 * labels.astype(np.uint8))
+    refused(script("probe.py"), "labels.npy")
+    np.save(folder / "labels.npy", labels.astype(np.uint8))
+    table = (folder / "clips.csv").read_text()
+    for new in ("Test", "val", "", "\xff"):
+        (folder / "clips.csv").write_text(table.replace(",test,", f",{new},"), encoding="latin-1")
+        refused(script("probe.py"), "clips.csv")
+    (folder / "clips.csv").write_text(table)
     half = tokens.astype(np.float16)
     half[3, 0, 0] = np.nan
     np.save(folder / "tokens.npy", half)
     refused(script("probe.py", "--seeds", 1), "not finite")
+
+
+def test_a_file_that_ends_early_is_named():
+    tokens, labels = planted(clips=40)
+    folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
+    store = probe.Store(folder / "tokens.npy", torch.arange(40), "cpu", 0)
+    os.truncate(folder / "tokens.npy", 3000)
+    with pytest.raises(OSError, match="ends early"):
+        store.read(torch.arange(40))
+
+
+def test_too_little_memory_for_resident_tokens_is_no_error(monkeypatch, capsys):
+    tokens, labels = planted(clips=40)
+    folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
+    store, empty = probe.Store(folder / "tokens.npy", torch.arange(40), "cpu", 1e12), torch.empty
+
+    def short(shape, **kind):
+        if shape[0] == 40 and kind["dtype"] == torch.float16:
+            raise RuntimeError("no memory")
+        return empty(shape, **kind)
+    monkeypatch.setattr(torch, "empty", short)
+    monkeypatch.setattr(probe, "BATCH", 16)
+    got = torch.cat([x.clone() for _, x in store.batches(torch.arange(40))])
+    assert "no memory for resident tokens" in capsys.readouterr().out and store.resident is None
+    assert torch.equal(got, torch.from_numpy(tokens.astype(np.float16)).float())
 
 
 def test_one_head_that_fails_does_not_stop_the_others():
