@@ -11,7 +11,7 @@ Writes   tokens/<data>/<model>/
 
     python extract.py                             # log-mel patches of the demo, no download
     python extract.py --model eat --data esc50    # any encoder x any line of datasets.txt
-    torchrun --nproc_per_node=8 extract.py --model eat --data as20k
+    torchrun --nproc_per_node=8 extract.py --model eat --data fsd50k
 
 Stop it whenever you like: the same command goes on where it stopped.
 """
@@ -19,9 +19,11 @@ Stop it whenever you like: the same command goes on where it stopped.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import datetime
 import errno
+import fcntl
 import functools
 import glob
 import gzip
@@ -53,14 +55,16 @@ import torchaudio
 # ---------------------------------------------------------------------------------------------
 # constants: what, unit, source
 
-RATE = 16000             # Hz, mono; every encoder here [official code]
-BLOCK = {"cpu": 8, "cuda": 64}  # clips in a batch, and in a resumable block of rows [ours]
+RATE = 16000             # Hz, mono [official code]; [?] ASiT's own code says 32000
+BLOCK = {"cpu": 8, "cuda": 64}  # clips of 10 s in a batch, and in a resumable block of rows [ours]
 RECORD_SECONDS = 5       # seconds of work at most that a kill can cost [ours]
 MAX_BAD = 0.01           # share of missing + unreadable clips above which we stop [ours]
 MAX_UNPACK = 50          # an archive may unpack to this many times its own size [ours]
 AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # tried in this order when a table names another [ours]
-SPLITS = {"training": "train", "dev": "train", "val": "valid", "validate": "valid",
-          "validation": "valid", "eval": "test"}  # one spelling per split [ours]
+SPLITS = {"training": "train", "dev": "train", "val": "valid", "validate": "valid", "validation":
+          "valid", "eval": "test", "evaluation": "test", "testing": "test", "train": "train",
+          "valid": "valid", "test": "test"}  # one spelling per split, in lower case [ours]
+UNEVEN = 2000            # odd source rates have resampling kernels this many times as large [ours]
 
 FRAME, HOP, FFT = 400, 160, 512      # samples: 25 ms, 10 ms, next power of two [official code]
 LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the log [official code]
@@ -359,7 +363,7 @@ def read_clips(root, data, seed=0):
                 a, b = map(int, ratio.groups())  # by hash of the name, the same on every machine
                 point = int(hashlib.md5(wanted.encode()).hexdigest()[:8], 16) / 2**32
                 split = "train" if point * (a + b) < a else "test"
-            split = SPLITS.get(split, split)
+            split = SPLITS.get(split.lower(), split)
             if path is None:
                 missing[split][wanted, start] = None
                 continue
@@ -400,7 +404,7 @@ def fill(rule, key, row):
     """A template of a line with the row's columns put in. Raises Stop if one is not there."""
     try:
         return rule[key].format_map(row)
-    except (KeyError, IndexError, ValueError, AttributeError) as e:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
         columns = " ".join(k for k in row if k not in ("where", "embedded", "dir", "parts"))
         raise Stop(f"{row['where']}: cannot fill in {key}={rule[key]} ({e}), the columns here are "
                    f"{columns}; correct {rule['where']} or the header")
@@ -756,6 +760,7 @@ def row_group(file, group, column):
 
 def read_wave(source, start, seconds):
     """float32 (seconds * RATE,): mean of channels, resampled, cropped or zero-padded at the end.
+    The padding is of the wave [ours]; most encoders' own code pads the log-mel with 0 instead.
 
     source: a path, or (parquet file, row group, row, column). Raises ValueError or soundfile's
     own errors for what cannot be used."""
@@ -766,10 +771,12 @@ def read_wave(source, start, seconds):
         if f.frames <= round(start * f.samplerate):
             raise ValueError(f"it ends at {f.frames / f.samplerate:.2f} s, before its start")
         f.seek(round(start * f.samplerate))
-        wave = f.read(math.ceil(seconds * f.samplerate), dtype="float32", always_2d=True)
-        rate = f.samplerate
-    if not len(wave):
-        raise ValueError("no samples could be decoded")
+        rate, rest = f.samplerate, f.frames - round(start * f.samplerate)
+        wave = f.read(math.ceil(seconds * rate), dtype="float32", always_2d=True)
+    if len(wave) < min(rest, seconds * rate) - 0.1 * rate or not len(wave):
+        raise ValueError(f"only {len(wave) / rate:.2f} s of it could be decoded")
+    if rate // math.gcd(rate, RATE) > UNEVEN:
+        raise ValueError(f"a sample rate of {rate} Hz; resample it to {RATE}")
     wave = torch.from_numpy(wave)                                            # (samples, channels)
     wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # mean(1) takes 7 times as long
     if not wave.sum().isfinite():
@@ -796,7 +803,7 @@ class Blocks(torch.utils.data.Dataset):
             try:
                 waves[i] = read_wave(self.clips[row]["source"], self.clips[row]["start"],
                                      self.seconds)
-            except (ValueError, RuntimeError, OSError, EOFError) as e:
+            except (ValueError, RuntimeError, OSError, EOFError, TypeError) as e:
                 bad[row] = " ".join(str(e).split()) or type(e).__name__
         return waves, bad
 
@@ -1008,7 +1015,8 @@ def read_checkpoint(file):
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # every reader has its own errors for the same two causes
         reason = " ".join(str(e).split())[:160]
-        raise Stop(f"{file}: not a whole checkpoint of plain tensors ({reason}); download it again")
+        raise Stop(f"{file}: not a whole checkpoint of plain tensors ({reason}); delete it and "
+                   f"fetch it again")
     for key in ("model", "teacher", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -1160,7 +1168,13 @@ class Encoder:
         if self.family == "logmel":
             return
         where = file or model
-        state = to_common(read_checkpoint(file), self.family) if file else random_state()
+        try:
+            state = to_common(read_checkpoint(file), self.family) if file else random_state()
+            if self.family == "asit" and "pos" in state:
+                state["pos"] = resize_rows(state["pos"], self.frames // 16)
+        except (RuntimeError, IndexError) as e:  # of reshaping
+            raise Stop(f"{where}: not the checkpoint of this encoder, a tensor has another shape "
+                       f"({' '.join(str(e).split())[:80]}); check --model and --checkpoint")
         if self.family == "dasheng":
             bn = {k: state.pop(f"bn.{k}", None) for k in ("weight", "bias", "running_mean",
                                                           "running_var")}
@@ -1172,8 +1186,6 @@ class Encoder:
                                                         ).to(device)
             total = 1 + samples // HOP
             self.grid, self.token_seconds = (sum(n // 4 for n in self.chunks(total)), 1), 0.04
-        if self.family == "asit" and "pos" in state:
-            state["pos"] = resize_rows(state["pos"], self.frames // 16)
         norm = (self.family, model[-1]) != ("amae", "+")  # A-MAE+ ends in raw tokens
         self.vit = load_vit(state, self.family, norm, where).to(device)
         self.dim, self.cls = self.vit.blocks[0].norm1.weight.numel(), hasattr(self.vit, "cls")
@@ -1230,13 +1242,14 @@ def resize_rows(pos, T, bands=8):
 # the dump
 
 def open_dump(folder, meta, clips, classes, events, encoder):
-    """Create tokens/<data>/<model>/ or check the one that is there; returns its meta.
-
-    meta.json comes last: a folder without it is not a dump. Raises Stop, naming what differs, if
-    the folder holds a dump made with other settings."""
-    file = os.path.join(folder, "meta.json")
-    if os.path.exists(file):
-        old = json.load(open(file, encoding="utf-8"))
+    """Create tokens/<data>/<model>/ (at once, by rename) or check the one that is there; returns
+    its meta. Raises Stop, naming what differs, for a dump made with other settings."""
+    file, new = os.path.join(folder, "meta.json"), folder + ".new"
+    if os.path.exists(folder):
+        try:
+            old = json.load(open(file, encoding="utf-8"))
+        except (OSError, ValueError):
+            raise Stop(f"{file} is not there or not whole; --overwrite discards the folder")
         differ = [f"{key} was {json.dumps(old.get(key))} and would be {json.dumps(meta[key])}"
                   for key in meta if old.get(key) != meta[key]
                   and key not in ("versions", "done", "complete", "block")]
@@ -1244,24 +1257,25 @@ def open_dump(folder, meta, clips, classes, events, encoder):
             raise Stop(f"{folder} was made with other settings, --overwrite starts anew: "
                        + "; ".join(differ))
         return old
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    os.makedirs(new)
     shapes = {"tokens.npy": (len(clips), encoder.grid[0] * encoder.grid[1], encoder.dim),
               "cls.npy": (len(clips), encoder.dim)}
     for name, shape in shapes.items():
         if name == "tokens.npy" or encoder.cls:
-            path = os.path.join(folder, name)
+            path = os.path.join(new, name)
             np.lib.format.open_memmap(path, "w+", np.float16, shape)
             if hasattr(os, "posix_fallocate"):  # claim the room now, not in the middle of the night
                 with open(path, "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-    write_clips(folder, clips, classes)
-    with open(os.path.join(folder, "classes.txt"), "w", encoding="utf-8") as f:
+    write_clips(new, clips, classes)
+    with open(os.path.join(new, "classes.txt"), "w", encoding="utf-8") as f:
         f.writelines(c + "\n" for c in classes)
     if events:
-        write_csv(os.path.join(folder, "events.csv"),
+        write_csv(os.path.join(new, "events.csv"),
                   [("path", "onset", "offset", "label"), *events])
-    write_json(file, meta)
+    write_json(os.path.join(new, "meta.json"), meta)
+    os.rename(new, folder)
     return meta
 
 
@@ -1284,32 +1298,40 @@ def write_json(file, content):
 
 
 def read_progress(folder):
-    """({finished block}, {unreadable row: reason}) from progress.<rank>, one JSON line per block;
-    a line that a kill cut short does not count."""
-    done, bad = set(), {}
+    """{finished block: {unreadable row: reason}} from progress.<rank>, one JSON line per block. A
+    line that was cut short does not count; of two for a block, the one with fewer reasons does."""
+    blocks = {}
     for file in glob.glob(os.path.join(glob.escape(folder), "progress.*")):
         for line in open(file, encoding="utf-8"):
-            if line.endswith("\n"):
+            with contextlib.suppress(ValueError):
                 block, reasons = json.loads(line)
-                done.add(block)
-                bad |= {int(row): reason for row, reason in reasons.items()}
-    return done, bad
+                if block not in blocks or len(reasons) < len(blocks[block]):
+                    blocks[block] = {int(row): reason for row, reason in reasons.items()}
+    return blocks
 
 
 def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     """Encode this rank's unfinished blocks (every world-th) into the arrays, in order.
 
-    A block is recorded once its rows are on disk. Raises Stop for a clip whose tokens overflow
-    float16, and when more than most_bad clips are unreadable."""
+    A block is recorded once its rows are on disk; one with unreadable clips is tried again when
+    resumed. Raises Stop for a clip whose tokens overflow float16, and when more than most_bad
+    clips are unreadable."""
     size = meta["block"]
     blocks = Blocks(clips, meta["seconds"], size)
-    done, bad = read_progress(folder)
-    todo = [b for b in range(len(blocks)) if b % world == rank and b not in done]
+    done, bad = read_progress(folder), {}
+    todo = [b for b in range(len(blocks)) if b % world == rank and done.get(b, True)]
     arrays = {}
     for name in ("tokens.npy", "cls.npy") if encoder.cls else ("tokens.npy",):
         view = np.load(os.path.join(folder, name), mmap_mode="r")
         arrays[name] = open(view.filename, "r+b", buffering=0), view.offset, view[0].nbytes
-    workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(16, os.cpu_count() // ranks))
+    if os.path.exists("/dev/shm"):  # batches pass through it, two a worker; 64 MB in a container
+        batch = 4 * size * round(meta["seconds"] * RATE)
+        workers = min(workers, int(shutil.disk_usage("/dev/shm").free / (3 * batch * ranks)))
+        if not workers and rank == 0:
+            print("/dev/shm is too small for worker processes (docker run --shm-size=2g): audio is "
+                  "read in between")
     loader = torch.utils.data.DataLoader(blocks, batch_size=None, sampler=todo,
                                          num_workers=workers if todo else 0,
                                          pin_memory=encoder.device == "cuda")
@@ -1319,13 +1341,14 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     def save(block, outputs, reasons):
         nonlocal pending, synced
         for (name, (file, offset, stride)), output in zip(arrays.items(), outputs):
-            half = output.half().cpu()
-            odd = (~torch.isfinite(half)).flatten(1).any(1).nonzero().flatten().tolist()
+            half = output.half()
+            odd = (~half.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
             if odd:
                 raise Stop(f"{clips[block * size + odd[0]]['path']}: its {name[:-4]} overflow "
                            f"float16; check the file and the checkpoint")
             file.seek(offset + block * size * stride)
-            file.write(half.numpy())
+            if file.write(half.cpu().numpy()) < half.nbytes:
+                raise OSError(errno.ENOSPC, "", file.name)
         pending.append(json.dumps([block, reasons]) + "\n")
         if time.time() - synced > RECORD_SECONDS or block == todo[-1]:
             for file, _, _ in arrays.values():
@@ -1338,6 +1361,7 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
 
     with open(os.path.join(folder, f"progress.{rank}"), "a", encoding="utf-8") as record, \
             concurrent.futures.ThreadPoolExecutor(1) as writer:
+        record.write("\n")  # ends a line that was cut short
         job = None  # the block before is written while this one is encoded
         for block, (waves, reasons) in zip(todo, loader):
             bad |= reasons
@@ -1363,7 +1387,7 @@ def refuse_bad(bad, clips, most_bad):
 
 def record_done(folder, meta, clips):
     """meta.json's `done`: all rows before it are final and on disk."""
-    finished, first = read_progress(folder)[0], 0
+    finished, first = read_progress(folder), 0
     while first in finished:
         first += 1
     write_json(os.path.join(folder, "meta.json"),
@@ -1373,8 +1397,8 @@ def record_done(folder, meta, clips):
 def finish_dump(folder, clips, classes, meta, most_bad):
     """Take unreadable clips out of the arrays and mark the dump complete; returns
     {unreadable row: reason}. Killed at any moment, it can be done again."""
-    done, bad = read_progress(folder)
-    size = meta["block"]
+    done, size = read_progress(folder), meta["block"]
+    bad = {row: reason for reasons in done.values() for row, reason in reasons.items()}
     left = -(-len(clips) // size) - len(done)
     if left:
         raise Stop(f"{folder}: {left} blocks of {size} clips are not done; run the same command "
@@ -1400,6 +1424,18 @@ def finish_dump(folder, clips, classes, meta, most_bad):
     for file in glob.glob(os.path.join(glob.escape(folder), "progress.*")):
         os.remove(file)
     return bad
+
+
+def alone(file, otherwise=None):
+    """An open file with a lock that ends when it is closed or the process ends. Where another
+    process has it: wait, or raise Stop(otherwise)."""
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    f = open(file, "w")
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
+    except (BlockingIOError, PermissionError):
+        raise Stop(otherwise)
+    return f
 
 
 def barrier(world):
@@ -1449,17 +1485,19 @@ def main():
         raise Stop("torch finds no CUDA device here; leave --device out")
     precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     if args.device == "cuda":
+        if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+            raise Stop(f"there are {torch.cuda.device_count()} GPUs here; give torchrun "
+                       f"--nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if rank > 0:
         barrier(world)  # rank 0 fetches and lays out what there is to fetch and lay out
     if not os.path.isdir(root):
-        if args.data == "demo":
-            make_demo(root)
-        elif data["urls"]:
-            fetch_dataset(root, data)
-        else:
+        if args.data != "demo" and not data["urls"]:
             raise Stop(f"{root} is not there; put the audio of {args.data} into it as the line in "
                        f"datasets.txt and the comments above it describe")
+        with alone(os.path.join("data", f".{args.data}.lock")):
+            if not os.path.isdir(root):  # nobody fetched it while we waited
+                make_demo(root) if args.data == "demo" else fetch_dataset(root, data)
     clips, missing, classes, events = read_clips(root, data, args.shots_seed)
     events = read_events(root) or events
     absent = sum(map(len, missing.values()))
@@ -1482,7 +1520,8 @@ def main():
                          "soundfile": soundfile.__version__},
             "clips": f"{len(clips)}, md5 "
                      + hashlib.md5(repr(clip_rows(clips)).encode()).hexdigest()[:12],
-            "block": BLOCK[args.device], "done": 0, "complete": False}
+            "block": max(1, int(BLOCK[args.device] * min(1, 10 / data["seconds"]))),
+            "done": 0, "complete": False}
     for rule in data["rules"]:
         if "prototypes" in rule:
             meta["prototypes"] = int(rule["prototypes"])
@@ -1496,8 +1535,12 @@ def main():
         if "shots" in rule:
             meta["shots_seed"] = args.shots_seed
     if rank == 0:
-        if args.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
+        held = alone(os.path.join("tokens", args.data, f".{args.model}.lock"),  # noqa: F841
+                     f"{folder} is being made by another process; wait for it, or stop it")
+        if args.overwrite and os.path.exists(folder):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, "meta.json"))  # first: no dump from here on
+            shutil.rmtree(folder)
         begun = os.path.exists(os.path.join(folder, "meta.json"))
         os.makedirs("tokens", exist_ok=True)
         size = len(clips) * (T * bands + encoder.cls) * encoder.dim * 2
@@ -1530,6 +1573,10 @@ if __name__ == "__main__":
         main()
     except Stop as e:
         sys.exit(print(f"extract.py: {e}", file=sys.stderr) or 2)
+    except torch.OutOfMemoryError as e:
+        print(f"extract.py: {str(e).split('. ')[0]}; end what else runs on the GPU and run the same "
+              f"command again", file=sys.stderr)
+        sys.exit(2)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         print(f"extract.py: {e.filename or 'the dump'}: "

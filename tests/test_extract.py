@@ -302,6 +302,8 @@ def test_checkpoint_mistakes(tmp_path):
          "2 missing (blocks.1.attn.proj.bias, blocks.1.attn.proj.weight)")
     stop("eat", eat | {"model.surprise": torch.ones(3)}, "1 unexpected (surprise)")
     stop("eat", eat | {"model.pre_norm.weight": torch.ones(3)}, "misshapen", "norm.weight (3,)")
+    key = next(k for k in eat if k.endswith("pos_embed") or "positional" in k)
+    stop("eat", eat | {key: torch.ones(())}, "another shape")
     stop("amae", {k: v for k, v in small("amae").items() if not k.startswith("norm.")}, "norm.bias")
     stop("amae+", small("amae"), "unexpected (norm.bias, norm.weight)")
     stop("eat", eat, "not a whole checkpoint", cut=5000)
@@ -588,6 +590,60 @@ def test_bad_files_are_skipped_counted_and_named():
     for i in range(20, 30):
         os.remove(f"data/mine/audio/{i}.wav")
     refused(run("--overwrite"), "missing", "--allow-bad")
+
+
+def test_mended_files_are_tried_again_and_a_line_cut_short_is_no_harm():
+    folder_of_clips(clips=40)
+    assert run().returncode == 0
+    want = content()
+    good = pathlib.Path("data/mine/audio/9.wav").read_bytes()
+    pathlib.Path("data/mine/audio/9.wav").write_bytes(b"this is no audio")
+    refused(run("--overwrite"), "audio/9.wav", "mend")
+    folder = pathlib.Path("tokens/mine/logmel")
+    with open(folder / "progress.0", "a") as f:  # as if recorded before the refusal, then killed
+        f.write('[1, {"9": "no audio"}]\n[2, {')
+    pathlib.Path("data/mine/audio/9.wav").write_bytes(good)
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert content() == want
+
+
+def test_one_dump_is_made_by_one_process():
+    folder_of_clips(clips=40)
+    with extract.alone("tokens/mine/.logmel.lock"):
+        job = start("extract.py", "--data", "mine")
+        assert "tokens/mine/logmel is being made by another" in job.communicate()[1]
+        assert job.returncode == 2
+    assert run().returncode == 0
+    os.remove("tokens/mine/logmel/meta.json")
+    pathlib.Path("tokens/mine/logmel/notes.txt").write_text("mine")
+    refused(run(), "meta.json", "--overwrite")
+    assert os.path.exists("tokens/mine/logmel/notes.txt")
+    assert run("--overwrite").returncode == 0
+
+
+def test_small_shared_memory_does_without_workers(monkeypatch, capsys):
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=10**6)
+                        if path == "/dev/shm" else usage(path))
+    monkeypatch.setattr("sys.argv", ["extract.py", "--data", "mine"])
+    folder_of_clips(clips=40)
+    extract.main()
+    assert os.path.exists("/dev/shm") == ("/dev/shm is too small" in capsys.readouterr().out)
+    assert json.load(open("tokens/mine/logmel/meta.json"))["complete"]
+
+
+def test_audio_that_would_be_taken_for_something_else_is_refused(tmp_path):
+    wave = 0.1 * np.random.default_rng(0).standard_normal(5 * 22254)
+    soundfile.write(tmp_path / "odd.wav", wave, 22254)
+    with pytest.raises(ValueError, match="22254 Hz"):  # a kernel of gigabytes
+        extract.read_wave(tmp_path / "odd.wav", 0, 5)
+    soundfile.write(tmp_path / "a.ogg", wave, 22050)
+    data = bytearray((tmp_path / "a.ogg").read_bytes())
+    data[len(data) // 2:len(data) * 3 // 4] = bytes(len(data) * 3 // 4 - len(data) // 2)
+    (tmp_path / "a.ogg").write_bytes(data)
+    with pytest.raises((ValueError, soundfile.LibsndfileError)):
+        extract.read_wave(tmp_path / "a.ogg", 0, 5)
 
 
 def test_bad_files_of_several_ranks_are_counted_together():
