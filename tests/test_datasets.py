@@ -574,7 +574,7 @@ def test_rows_of_one_clip_add_up_and_its_first_split_stays():
 
 
 def test_spellings_of_splits():
-    rows = ["training", "dev", "val", "validate", "validation", "eval", "test", "fold1"]
+    rows = ["training", "dev", "Val", "validate", "validation", "eval", "Test", "fold1"]
     names = [f"{r}.wav" for r in rows]
     clips, _, _, _ = read_one("path,split,labels\n" + "".join(
         f"{n},{r},x\n" for n, r in zip(names, rows)), "one multi 1 1", names)
