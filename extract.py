@@ -1574,8 +1574,8 @@ if __name__ == "__main__":
     except Stop as e:
         sys.exit(print(f"extract.py: {e}", file=sys.stderr) or 2)
     except torch.OutOfMemoryError as e:
-        print(f"extract.py: {str(e).split('. ')[0]}; end what else runs on the GPU and run the same "
-              f"command again", file=sys.stderr)
+        print(f"extract.py: {str(e).split('. ')[0]}; end what else runs on the GPU and run the "
+              f"same command again", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
