@@ -22,6 +22,7 @@ import concurrent.futures
 import contextlib
 import csv
 import errno
+import fcntl
 import glob
 import hashlib
 import io
@@ -47,7 +48,6 @@ PROTOTYPES = 20     # per class; the line in datasets.txt may say otherwise (as2
 GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]
 DECAY = 1e-4        # weight decay, linear weights only; inside the paper's 1e-5..5e-4 [ours]
 MEMORY = 0.6        # share of the free memory that resident tokens may take [ours]
-STALE = 3600        # seconds without a sign of life after which a claimed run is free [ours]
 
 # Peak learning rate of the cosine schedule. The paper searches one per head, encoder and dataset
 # (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These are fixed [ours]: the best
@@ -596,7 +596,7 @@ def mean_of_tokens(store, rows):
 # ---------------------------------------------------------------------------------------------
 # one run
 
-def train(head, store, cls, labels, rows, lr, loss, seed, alive):
+def train(head, store, cls, labels, rows, lr, loss, seed, show):
     """EPOCHS passes of AdamW with a cosine to zero, no warm-up; the last state is the result.
 
     Returns (loss per epoch, seconds per epoch). Raises Stop if the loss is not finite."""
@@ -626,7 +626,7 @@ def train(head, store, cls, labels, rows, lr, loss, seed, alive):
             total += value.detach() * len(part)  # no .item() here: the GPU would wait every step
         losses.append(total.item() / len(rows))
         seconds.append(time.time() - begin)
-        alive(epoch, losses[-1], seconds[-1])
+        show(epoch, losses[-1], seconds[-1])
         if not np.isfinite(losses[-1]):
             raise Stop(f"the loss is {losses[-1]} in epoch {epoch + 1}: the tokens hold numbers "
                        f"that are not finite, or the learning rate {lr} is too high")
@@ -667,11 +667,16 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         if not args.evidence or os.path.exists(os.path.join(folder, "evidence.npy")):
             print(f"{folder} is there already")
             return False
-    work, lock = claim(folder)
-    if not work:
-        print(f"{folder} is being made elsewhere, left alone (if it is not: rm {lock})")
+    parent, name = os.path.split(folder)
+    lock, work = (os.path.join(parent, f".{name}.{end}") for end in ("lock", socket.gethostname()))
+    try:
+        held = alone(lock, f"{folder} is being made by another process, left alone")
+    except Stop as e:
+        print(e)
         return False
     try:
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        os.makedirs(work)
         M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
         heads, tested, logits, losses, seconds, done = {}, [], [], {}, [], 0
         if args.evidence:
@@ -688,15 +693,13 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
             torch.manual_seed(seed)  # before the head: seeds draw the initialisation too
             head = make_head(pool, D, C, grid, M).to(device)
 
-            def alive(epoch, loss, took):
-                with contextlib.suppress(FileNotFoundError):  # another took it over
-                    os.utime(lock)
-                name = f"{pool} seed {seed}" + (f" fold {fold}" if len(dump["folds"]) > 1 else "")
+            def show(epoch, loss, took):
+                what = f"{pool} seed {seed}" + (f" fold {fold}" if len(dump["folds"]) > 1 else "")
                 if sys.stderr.isatty():
-                    print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {loss:.5f}  {took:.2f} s",
+                    print(f"{what}  epoch {epoch + 1:2d}/{EPOCHS}  loss {loss:.5f}  {took:.2f} s",
                           end="   \r", file=sys.stderr)
             losses[fold], took = train(head, store, cls, labels, rows, settings["lr"],
-                                       settings["loss"], seed, alive)
+                                       settings["loss"], seed, show)
             seconds += took
             with torch.no_grad():
                 if hasattr(head, "similarity"):
@@ -729,47 +732,22 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         shutil.rmtree(work, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             os.remove(lock)
+        held.close()
     print(f"{pool:>10}  seed {seed}  {extra['parameters']:>10,} parameters  "
           f"{extra['seconds_per_epoch']:.2f} s/epoch  loss {losses[fold][-1]:.5f}  -> {folder}")
     return True
 
 
-def claim(folder):
-    """(a folder of its own to make a run in, lock file); no folder if another process makes it.
-
-    The lock holds host and pid of who does. It is void if that process is gone (same machine) or
-    gave no sign of life for STALE seconds (another machine). Should two take it over at once, both
-    runs are made whole, and the later one stays."""
-    parent, name = os.path.split(folder)
-    lock, host = os.path.join(parent, f".{name}.lock"), socket.gethostname()
-    os.makedirs(parent, exist_ok=True)
+def alone(file, otherwise=None):
+    """An open file with a lock that ends when it is closed or the process ends. Where another
+    process has it: wait, or raise Stop(otherwise)."""
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    f = open(file, "w")
     try:
-        age = time.time() - os.path.getmtime(lock)
-        where, pid = (open(lock).read().split() + ["", "0"])[:2]  # "": killed before it wrote
-        if not alive_pid(int(pid)) if where == host else age > STALE:
-            shutil.rmtree(os.path.join(parent, f".{name}-{where}-{pid}"), ignore_errors=True)
-            os.remove(lock)
-    except FileNotFoundError:
-        pass  # nobody makes it
-    try:
-        with open(lock, "x") as f:
-            f.write(f"{host} {os.getpid()}")
-    except FileExistsError:
-        return None, lock
-    work = os.path.join(parent, f".{name}-{host}-{os.getpid()}")
-    os.makedirs(work)
-    return work, lock
-
-
-def alive_pid(pid):
-    """Whether another process of this machine has this number."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return pid != os.getpid()
+        fcntl.lockf(f, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
+    except (BlockingIOError, PermissionError):
+        raise Stop(otherwise)
+    return f
 
 
 def peak_memory(device, reset=False):
