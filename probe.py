@@ -4,7 +4,7 @@ Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3. A hea
 map of a clip into logits; protobin, the paper's, scores it by its best cosine with binary vectors.
 
 Reads    tokens/<data>/<model>/  tokens.npy float16 (clips, N, D), cls.npy float16 (clips, D) or
-         none, labels.npy uint8 (clips, C), clips.csv, classes.txt, meta.json (task grid complete)
+         none, labels.npy uint8 (clips, C), clips.csv, meta.json (task grid complete)
 Writes   runs/<data>/<model>/<pool>/seed<k>/
          logits.npy float32 (tested clips, C), rows.npy int64 (tested clips), head.pt, run.json,
          and with --evidence evidence.npy float16 (tested clips, C, N)
@@ -31,7 +31,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import sys
 import time
 
@@ -47,6 +46,7 @@ SEEDS = 5           # runs of a head [paper]
 PROTOTYPES = 20     # per class; the line in datasets.txt may say otherwise (as20k: 10) [paper]
 GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]
 DECAY = 1e-4        # weight decay, linear weights only; inside the paper's 1e-5..5e-4 [ours]
+CENTRE = 1024       # training clips whose mean score evidence is counted from [ours]
 MEMORY = 0.6        # share of the free memory that resident tokens may take [ours]
 
 # Peak learning rate of the cosine schedule. The paper searches one per head, encoder and dataset
@@ -69,8 +69,8 @@ class Stop(Exception):
 # heads: (D, C) in; tokens (B, N, D) float, cls (B, D) or None -> logits (B, C)
 #
 # evidence(tokens) -> (B, C, N), where it exists, is what each token added to each class's logit:
-# evidence.sum(-1) + constant() == logits. Heads without it mix tokens before a non-linearity or
-# never see them.
+# logits - evidence.sum(-1) is the same for all clips. Heads without it mix tokens before a
+# non-linearity or never see them.
 
 class Linear(torch.nn.Module):
     """Linear probe: W z + b, z = [cls], or the mean of the tokens where there is none.
@@ -99,9 +99,6 @@ class Mean(torch.nn.Module):
 
     def evidence(self, tokens, cls=None):
         return (tokens @ self.linear.weight.T).transpose(1, 2) / tokens.shape[1]
-
-    def constant(self):
-        return self.linear.bias
 
 
 class MLP(torch.nn.Module):
@@ -154,9 +151,6 @@ class Conv(torch.nn.Module):
         maps = self.features(tokens)
         return (maps @ self.linear.weight.T).transpose(1, 2) / maps.shape[1]
 
-    def constant(self):
-        return self.linear.bias
-
 
 class LinPre(torch.nn.Module):
     """Frequency-preserving linear probe: the F tokens of a time step side by side, mean over
@@ -176,9 +170,6 @@ class LinPre(torch.nn.Module):
         weight = self.linear.weight.unflatten(1, (self.grid[1], -1))         # (C, F, D)
         maps = torch.einsum("btfd,cfd->bctf", tokens.unflatten(1, self.grid), weight)
         return maps.flatten(2) / self.grid[0]
-
-    def constant(self):
-        return self.linear.bias
 
 
 class ABMILP(torch.nn.Module):
@@ -200,9 +191,6 @@ class ABMILP(torch.nn.Module):
     def evidence(self, tokens, cls=None):
         return (self.score(tokens).softmax(1) * (tokens @ self.linear.weight.T)).transpose(1, 2)
 
-    def constant(self):
-        return self.linear.bias
-
 
 class SimPool(torch.nn.Module):
     """SimPool without projections: y = LN(x), a = softmax_n(mean(y) . y_n / sqrt(D)),
@@ -210,7 +198,7 @@ class SimPool(torch.nn.Module):
     without W_q and W_k [official code: copies of the paper's heads; which one it used is open].
 
     LN's shift b adds the same to every score and pooling commutes with its scale g, so the frozen
-    tokens are normalised without them and no gradient of their size is made: 3 times as fast."""
+    tokens are normalised without them and no gradient of their size is made."""
     wants = "tokens"
 
     def __init__(self, D, C):
@@ -233,16 +221,13 @@ class SimPool(torch.nn.Module):
         y = self.norm.weight * x + self.norm.bias
         return (a * (y @ self.linear.weight.T)).transpose(1, 2)
 
-    def constant(self):
-        return self.linear.bias
-
 
 class EP(torch.nn.Module):
     """Efficient probing: Q learned queries attend to the raw tokens, a_q = softmax_n(u_q . x_n /
     sqrt(D)); query q pools slice q of V = X W_V; the slices are joined and classified.
     D^2 + Q*D + D*C + C parameters. Psomas et al., ICLR 2026; Q = 32 [official code].
 
-    (A X) W_V = A (X W_V), so the tokens are pooled first: the same numbers at 1/20 of the work."""
+    (A X) W_V = A (X W_V), so the tokens are pooled first: the same numbers at 1/12 of the work."""
     wants = "tokens"
 
     def __init__(self, D, C, Q=32):
@@ -267,9 +252,6 @@ class EP(torch.nn.Module):
         weight = torch.einsum("cqe,qed->qcd", self.linear.weight.unflatten(1, (Q, -1)), value)
         a = self.attend(tokens)                                              # (B, Q, N)
         return sum(a[:, q, None] * (weight[q] @ tokens.transpose(1, 2)) for q in range(Q))
-
-    def constant(self):
-        return self.linear.bias
 
 
 class MHCA(torch.nn.Module):
@@ -308,9 +290,6 @@ class MHCA(torch.nn.Module):
         a = self.attend(tokens)
         return sum(a[:, h, None] * (weight[h] @ tokens.transpose(1, 2)) for h in range(H))
 
-    def constant(self):
-        return self.linear.bias
-
 
 class Prototypes(torch.nn.Module):
     """Best cosine of any token with each of K = M*C prototypes, then linear (paper section 3):
@@ -337,7 +316,7 @@ class Prototypes(torch.nn.Module):
             self.bias = torch.nn.Parameter(torch.full((C,), -2.0))
         else:
             self.linear = torch.nn.Linear(K, C)
-        self.register_buffer("score_mean", torch.zeros(K))  # over the training clips, for evidence
+        self.register_buffer("score_mean", torch.zeros(K))  # over training clips, for evidence
 
     class MaxCos(torch.autograd.Function):
         """tokens (B, N, D), unit p (K, D) -> max_n cos(x_n, p_k) and its n, both (B, K).
@@ -354,7 +333,7 @@ class Prototypes(torch.nn.Module):
             length = tokens.norm(dim=2).clamp(min=1e-12)                     # (B, N)
             chunks = p.split(1024)
             fast = p.half().split(1024) if cuda else chunks
-            step = (2 ** 27 if cuda else 2 ** 19) // (len(chunks[0]) * N)
+            step = (2 ** 25 if cuda else 2 ** 19) // (len(chunks[0]) * N)
             step = min(B, max(1, step))
             tile = fast[0].new_empty(len(chunks[0]) * step * N)  # used again and again
             for b in range(0, B, step):
@@ -412,18 +391,14 @@ class Prototypes(torch.nn.Module):
         """The token that won prototype k is credited with W_ck (s_k - its training mean)."""
         scores, places = self.similarity(tokens)
         scores = scores.relu() if self.kind == "proto" else scores
-        (B, N, _), C = tokens.shape, len(self.constant())
-        out = tokens.new_zeros(B, N, C)
         if self.kind == "proto":
             dense = torch.block_diag(*self.weight.relu()).T                  # (K, C)
         else:
             dense = self.linear.weight.T
-        for b in range(B):
+        out = tokens.new_zeros(*tokens.shape[:2], dense.shape[1])            # (B, N, C)
+        for b in range(len(out)):
             out[b].index_add_(0, places[b], (scores[b] - self.score_mean)[:, None] * dense)
         return out.transpose(1, 2)
-
-    def constant(self):
-        return self.classify(self.score_mean[None])[0]
 
 
 HEADS = {"linear": Linear, "mean": Mean, "mlp": MLP, "linearc": LinearC, "conv": Conv,
@@ -491,22 +466,21 @@ LOSSES = {"asl": asymmetric_loss,
 class Store:
     """Rows of tokens.npy (float16 (clips, N, D)) as batches on the device.
 
-    rows: those wanted again and again; they stay in memory if they take less than `budget` bytes.
-    All others come from the file by sorted reads, in threads, two batches ahead."""
+    rows: those that are read once and stay on the device. All others come from the file by sorted
+    reads, in threads, two batches ahead of the step; on CUDA through pinned memory."""
 
-    def __init__(self, file, rows, device, budget):
-        self.file, self.device = file, device
+    def __init__(self, file, rows, device):
+        self.file, self.rows, self.device = file, rows, device
         array = np.load(file, mmap_mode="r")
         self.shape, self.offset, self.stride = array.shape, array.offset, array[0].nbytes
         self.fd = os.open(file, os.O_RDONLY)
         self.pool = concurrent.futures.ThreadPoolExecutor(4)
         self.slot, self.resident = torch.full((len(array),), -1), None
-        self.rows = rows if len(rows) * self.stride <= budget else None
 
     def fill(self):
         """Read the resident rows, once; where the memory is not there, do without."""
-        rows, self.rows = self.rows, None
-        if rows is None:
+        rows, self.rows = self.rows, self.rows[:0]
+        if not len(rows):
             return
         try:
             resident = torch.empty((len(rows), *self.shape[1:]), dtype=torch.float16,
@@ -573,30 +547,24 @@ class Store:
                     yield jobs.pop(0).result()
 
 
-class NoTokens:
-    """The store of heads that only want [cls]: batches of row numbers."""
-    resident = None
-
-    def fill(self):
-        pass
-
-    def batches(self, rows):
-        for part in rows.split(BATCH):
-            yield part, None
+def batches(store, rows):
+    """Yield (rows of a batch, its tokens), or None for tokens where a head wants [cls] alone."""
+    return store.batches(rows) if store else ((part, None) for part in rows.split(BATCH))
 
 
-def mean_of_tokens(store, rows):
-    """In place of [cls]: (clips, D) float32, the mean of the tokens."""
+def mean_of_tokens(store, *groups):
+    """In place of [cls]: (clips, D) float32, the mean of the tokens of the rows in groups."""
     out = torch.zeros(store.shape[0], store.shape[2])
-    for part, tokens in store.batches(rows):
-        out[part] = tokens.mean(1).cpu()
+    for rows in groups:
+        for part, tokens in store.batches(rows):
+            out[part] = tokens.mean(1).cpu()
     return out
 
 
 # ---------------------------------------------------------------------------------------------
 # one run
 
-def train(head, store, cls, labels, rows, lr, loss, seed, show):
+def train(head, store, cls, labels, rows, lr, decay, loss, seed, name=""):
     """EPOCHS passes of AdamW with a cosine to zero, no warm-up; the last state is the result.
 
     Returns (loss per epoch, seconds per epoch). Raises Stop if the loss is not finite."""
@@ -604,9 +572,8 @@ def train(head, store, cls, labels, rows, lr, loss, seed, show):
     for name, p in head.named_parameters():
         (decayed if name.endswith("weight") and p.ndim == 2 else plain).append(p)
     device = labels.device
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": DECAY},
-                                   {"params": plain, "weight_decay": 0}], lr=lr,
-                                  fused=True)
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": decay},
+                                   {"params": plain, "weight_decay": 0}], lr=lr, fused=True)
     steps = EPOCHS * -(-len(rows) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     shuffle = torch.Generator().manual_seed(seed)
@@ -616,7 +583,7 @@ def train(head, store, cls, labels, rows, lr, loss, seed, show):
         begin, total = time.time(), torch.zeros((), device=device)
         order = rows[torch.randperm(len(rows), generator=shuffle)]
         index = order.to(device).split(BATCH)
-        for (part, tokens), at in zip(store.batches(order), index):
+        for (part, tokens), at in zip(batches(store, order), index):
             value = LOSSES[loss](head(tokens, None if cls is None else cls[at]), labels[at])
             objective = value + head.penalty() if hasattr(head, "penalty") else value
             optimizer.zero_grad()
@@ -626,7 +593,9 @@ def train(head, store, cls, labels, rows, lr, loss, seed, show):
             total += value.detach() * len(part)  # no .item() here: the GPU would wait every step
         losses.append(total.item() / len(rows))
         seconds.append(time.time() - begin)
-        show(epoch, losses[-1], seconds[-1])
+        if sys.stderr.isatty():
+            print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {losses[-1]:.5f}  "
+                  f"{seconds[-1]:.2f} s", end="   \r", file=sys.stderr)
         if not np.isfinite(losses[-1]):
             raise Stop(f"the loss is {losses[-1]} in epoch {epoch + 1}: the tokens hold numbers "
                        f"that are not finite, or the learning rate {lr} is too high")
@@ -635,107 +604,122 @@ def train(head, store, cls, labels, rows, lr, loss, seed, show):
 
 
 @torch.no_grad()
-def centre(head, store, rows):
-    """Set score_mean to the mean score of each prototype over the training clips."""
+def centre(head, store, rows, seed):
+    """Set score_mean to the mean score of each prototype over CENTRE random training clips."""
     total = torch.zeros_like(head.score_mean)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CENTRE]]
     for _, tokens in store.batches(rows):
         scores = head.similarity(tokens)[0]
         total += (scores.relu() if head.kind == "proto" else scores).sum(0)
     head.score_mean.copy_(total / len(rows))
 
 
+def is_there(folder, settings, evidence):
+    """Whether this run is there, whole. Raises Stop if it was made with other settings."""
+    file = os.path.join(folder, "run.json")
+    if not os.path.exists(file):
+        return False
+    try:
+        old = json.load(open(file, encoding="utf-8"))
+        differ = [k for k in settings if old.get(k) != settings[k]]
+    except (ValueError, AttributeError):
+        raise Stop(f"{file} cannot be read; --overwrite makes the run anew")
+    if differ:
+        raise Stop(f"{folder} was made with other settings ({', '.join(differ)}); --overwrite "
+                   f"makes it anew")
+    return not evidence or os.path.exists(os.path.join(folder, "evidence.npy"))
+
+
 def run(pool, seed, dump, store, cls, labels, args, folder):
-    """Train every fold, test each clip once, write the run into a folder of this process's own,
-    which gets its name when all is in it. Returns False if the run is there or being made."""
-    C, (N, D) = labels.shape[1], dump["shape"][1:]
+    """Make one run, unless it is there or another process makes it: in a hidden folder, which gets
+    its name when all is in it."""
+    C = labels.shape[1]
     settings = {"pool": pool, "seed": seed, "lr": default_lr(pool, dump["M"] * C)
                 if args.lr is None else args.lr,
-                "weight_decay": DECAY,
+                "weight_decay": DECAY if args.decay is None else args.decay,
                 "loss": args.loss or ("asl" if dump["meta"]["task"] == "multi" else "ce"),
                 "epochs": EPOCHS, "batch": BATCH, "prototypes": dump["M"],
                 "split": "valid" if args.valid else "test", "dump": dump["meta"],
                 "tokens_md5": dump["tokens_md5"], "labels_md5": dump["labels_md5"]}
-    if os.path.exists(os.path.join(folder, "run.json")) and not args.overwrite:
-        try:
-            old = json.load(open(os.path.join(folder, "run.json"), encoding="utf-8"))
-            differ = [k for k in settings if old.get(k) != settings[k]]
-        except (ValueError, AttributeError):
-            raise Stop(f"{folder}/run.json cannot be read; --overwrite makes the run anew")
-        if differ:
-            raise Stop(f"{folder} was made with other settings ({', '.join(differ)}); "
-                       f"--overwrite makes it anew")
-        if not args.evidence or os.path.exists(os.path.join(folder, "evidence.npy")):
-            print(f"{folder} is there already")
-            return False
     parent, name = os.path.split(folder)
-    lock, work = (os.path.join(parent, f".{name}.{end}") for end in ("lock", socket.gethostname()))
+    lock, work, old = (os.path.join(parent, f".{name}.{end}") for end in ("lock", "new", "old"))
     try:
         held = alone(lock, f"{folder} is being made by another process, left alone")
     except Stop as e:
         print(e)
-        return False
-    try:
+        return
+    with held:
+        if not args.overwrite and is_there(folder, settings, args.evidence):
+            print(f"{folder} is there already")
+            return
         shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
         os.makedirs(work)
-        M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
-        heads, tested, logits, losses, seconds, done = {}, [], [], {}, [], 0
-        if args.evidence:
-            clips = sum(len(test) for _, test in dump["folds"].values())
-            evidence = np.lib.format.open_memmap(os.path.join(work, "evidence.npy"), "w+",
-                                                 np.float16, (clips, C, N))
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no crash later
-                with open(evidence.filename, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(evidence.filename))
-        store.fill()
-        begin = time.time()
-        peak_memory(device, reset=True)
-        for fold, (rows, test) in dump["folds"].items():
-            torch.manual_seed(seed)  # before the head: seeds draw the initialisation too
-            head = make_head(pool, D, C, grid, M).to(device)
+        try:
+            info = train_and_test(settings, dump, store, cls, labels, args.evidence, work)
+            shutil.rmtree(old, ignore_errors=True)
+            if os.path.exists(folder):
+                os.rename(folder, old)
+            os.rename(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+    print(f"{pool:>10}  seed {seed}  {info['parameters']:>10,} parameters  "
+          f"{info['seconds_per_epoch']:.2f} s/epoch  loss {info['loss_at_end']:.5f}  -> {folder}")
 
-            def show(epoch, loss, took):
-                what = f"{pool} seed {seed}" + (f" fold {fold}" if len(dump["folds"]) > 1 else "")
-                if sys.stderr.isatty():
-                    print(f"{what}  epoch {epoch + 1:2d}/{EPOCHS}  loss {loss:.5f}  {took:.2f} s",
-                          end="   \r", file=sys.stderr)
-            losses[fold], took = train(head, store, cls, labels, rows, settings["lr"],
-                                       settings["loss"], seed, show)
-            seconds += took
-            with torch.no_grad():
-                if hasattr(head, "similarity"):
-                    centre(head, store, rows)
-                for batch, tokens in store.batches(test):
-                    z = None if cls is None else cls[batch.to(device)]
-                    logits.append(head(tokens, z).cpu().numpy())
-                    if args.evidence:
-                        evidence[done:done + len(batch)] = head.evidence(tokens, z).half().cpu()
-                    done += len(batch)
-            tested.append(test.numpy())
-            heads[fold] = head
-        logits = np.concatenate(logits).astype(np.float32)
-        if not np.isfinite(logits).all():
-            raise Stop(f"{dump['folder']}: some tested clip has tokens that are not finite")
-        np.save(os.path.join(work, "logits.npy"), logits)
-        np.save(os.path.join(work, "rows.npy"), np.concatenate(tested).astype(np.int64))
-        save_head(os.path.join(work, "head.pt"), pool, D, C, grid, M, heads)
-        extra = {"parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
-                 "seconds_per_epoch": sum(seconds) / len(seconds), "seconds": time.time() - begin,
-                 "peak_memory_bytes": peak_memory(device), "device": device_name(device),
-                 "wants": head.wants, "cls": dump["cls_is"], "resident": store.resident is not None,
-                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                              "numpy": np.__version__}}
-        with open(os.path.join(work, "run.json"), "w", encoding="utf-8") as f:
-            json.dump(settings | extra, f, indent=1)
-        shutil.rmtree(folder, ignore_errors=True)  # what was there stays until this moment
-        os.rename(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(lock)
-        held.close()
-    print(f"{pool:>10}  seed {seed}  {extra['parameters']:>10,} parameters  "
-          f"{extra['seconds_per_epoch']:.2f} s/epoch  loss {losses[fold][-1]:.5f}  -> {folder}")
-    return True
+
+def train_and_test(settings, dump, store, cls, labels, with_evidence, work):
+    """Train a head on every fold, test each clip once, write the files of the run into the folder
+    `work`; returns what run.json says. Raises Stop for tokens that are not finite."""
+    pool, seed = settings["pool"], settings["seed"]
+    M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
+    C, (N, D) = labels.shape[1], dump["shape"][1:]
+    heads, tested, logits, losses, seconds, done = {}, [], [], {}, [], 0
+    if with_evidence:
+        clips = sum(len(test) for _, test in dump["folds"].values())
+        evidence = np.lib.format.open_memmap(os.path.join(work, "evidence.npy"), "w+",
+                                             np.float16, (clips, C, N))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no crash later
+            with open(evidence.filename, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(evidence.filename))
+    if store:
+        store.fill()
+    begin = time.time()
+    peak_memory(device, reset=True)
+    for fold, (rows, test) in dump["folds"].items():
+        torch.manual_seed(seed)  # before the head: seeds draw the initialisation too
+        head = heads[fold] = make_head(pool, D, C, grid, M).to(device)
+        name = f"{pool} seed {seed}" + (f" fold {fold}" if len(dump["folds"]) > 1 else "")
+        losses[fold], took = train(head, store, cls, labels, rows, settings["lr"],
+                                   settings["weight_decay"], settings["loss"], seed, name)
+        seconds += took
+        with torch.no_grad():
+            if hasattr(head, "similarity"):
+                centre(head, store, rows, seed)
+            for part, tokens in batches(store, test):
+                z = None if cls is None else cls[part.to(device)]
+                logits.append(head(tokens, z).cpu().numpy())
+                if with_evidence:
+                    evidence[done:done + len(part)] = head.evidence(tokens, z).half().cpu()
+                done += len(part)
+        tested.append(test.numpy())
+    logits = np.concatenate(logits).astype(np.float32)
+    if not np.isfinite(logits).all():
+        raise Stop(f"{dump['folder']}: some tested clip has tokens that are not finite")
+    np.save(os.path.join(work, "logits.npy"), logits)
+    np.save(os.path.join(work, "rows.npy"), np.concatenate(tested).astype(np.int64))
+    save_head(os.path.join(work, "head.pt"), pool, D, C, grid, M, heads)
+    info = settings | {
+        "parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
+        "loss_at_end": losses[fold][-1], "seconds_per_epoch": sum(seconds) / len(seconds),
+        "seconds": time.time() - begin, "peak_memory_bytes": peak_memory(device),
+        "device": device_name(device), "wants": head.wants,
+        "cls": None if head.wants == "tokens" else dump["cls_is"],
+        "resident": bool(store) and store.resident is not None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__}}
+    with open(os.path.join(work, "run.json"), "w", encoding="utf-8") as f:
+        json.dump(info, f, indent=1)
+    return info
 
 
 def alone(file, otherwise=None):
@@ -897,6 +881,7 @@ def main():
     parser.add_argument("--valid", action="store_true",
                         help="train on train, test on valid, write below runs_valid/")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: per head)")
+    parser.add_argument("--decay", type=float, help=f"weight decay (default {DECAY:g})")
     parser.add_argument("--loss", choices=tuple(LOSSES),
                         help="default: asl for multi, ce for single")
     # how
@@ -916,8 +901,9 @@ def main():
         if args.evidence and not hasattr(HEADS[pool], "evidence"):
             raise Stop(f"{pool} has no evidence: its logits are not a sum over tokens; leave "
                        f"--evidence out")
-    if args.seeds < 1 or (args.lr is not None and not args.lr > 0):
-        raise Stop("--seeds must be 1 or more, --lr more than 0")
+    if args.seeds < 1 or not (args.lr is None or args.lr > 0) \
+            or not (args.decay is None or args.decay >= 0):
+        raise Stop("--seeds must be 1 or more, --lr more than 0, --decay 0 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Stop("torch finds no CUDA device here; leave --device out")
     dump = open_dump(folder := newest_dump(args.data, args.model), args.valid)
@@ -930,7 +916,8 @@ def main():
                                           for s, (a, b) in dump["folds"].items()))
     device = torch.device(args.device)
     wanted = torch.cat([a for a, _ in dump["folds"].values()]).unique()
-    every = torch.cat([wanted, *(b for _, b in dump["folds"].values())]).unique()
+    tested = torch.cat([b for _, b in dump["folds"].values()])
+    tested = tested[~torch.isin(tested, wanted)]  # none where there are folds
     labels = torch.zeros(clips, dump["labels"].shape[1])
     labels[wanted] = torch.from_numpy(dump["labels"][wanted.numpy()]).float()  # no test label
     labels = labels.to(device)
@@ -938,30 +925,37 @@ def main():
     budget = args.memory * 1e9 if args.memory is not None else MEMORY * free_memory(args.device)
     store = None
     if wants != {"cls"} or dump["cls"] is None:
-        store = Store(os.path.join(folder, "tokens.npy"), wanted, args.device,
-                      budget if wants != {"cls"} else 0)
-        where = ("read for their means" if wants == {"cls"} else
-                 "resident" if store.rows is not None else "read from the file")
-        print(f"{device_name(device)}; training tokens {where}, "
-              f"{len(wanted) * store.stride / 1e9:.2f} GB")
+        stay, where = wanted[:0], "read from the file in every epoch"
+        if wants == {"cls"}:
+            where = "read for their means"
+        elif (len(wanted) + len(tested)) * 2 * N * D <= budget:
+            stay, where = torch.cat([wanted, tested]), "resident"
+        elif len(wanted) * 2 * N * D <= budget:
+            stay, where = wanted, "resident, but for the tested ones"
+        store = Store(os.path.join(folder, "tokens.npy"), stay, args.device)
+        print(f"{device_name(device)}; tokens ({(len(wanted) + len(tested)) * 2 * N * D / 1e9:.2f} "
+              f"GB) {where}")
     cls, dump["cls_is"] = None, None
     if wants & {"cls", "both"}:
         if dump["cls"] is not None:
             cls, dump["cls_is"] = torch.from_numpy(np.array(dump["cls"])).float(), "[cls]"
         else:
-            cls, dump["cls_is"] = mean_of_tokens(store, every), "mean of tokens (no [cls])"
+            cls = mean_of_tokens(store, wanted, tested)
+            dump["cls_is"] = "mean of tokens (no [cls])"
             print("this encoder has no [cls]: linear, mlp and linearc use the mean of the tokens")
         cls = cls.to(device)
     failed = []
     for pool in pools:
-        only_cls = HEADS[pool].wants == "cls"
+        head_wants = HEADS[pool].wants
         for seed in range(args.seeds):
             try:
-                run(pool, seed, dump, NoTokens() if only_cls else store,
-                    None if HEADS[pool].wants == "tokens" else cls, labels, args,
+                run(pool, seed, dump, None if head_wants == "cls" else store,
+                    None if head_wants == "tokens" else cls, labels, args,
                     os.path.join(root, pool, f"seed{seed}"))
-            except (Stop, ValueError, torch.OutOfMemoryError) as e:
-                failed.append(f"{pool} seed {seed}: {e}")
+            except (Stop, ValueError, RuntimeError) as e:
+                if type(e) is RuntimeError and "allocate memory" not in str(e):  # the CPU's way
+                    raise
+                failed.append(f"{pool} seed {seed}: {str(e).splitlines()[0]}")
                 break
     if failed:
         raise Stop("; ".join(failed))

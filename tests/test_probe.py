@@ -1,6 +1,7 @@
 """probe.py: each head against a slow, obvious second implementation, the training protocol, the
 token store, and what happens when something is wrong."""
 
+import copy
 import inspect
 import json
 import math
@@ -8,7 +9,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
@@ -150,7 +150,8 @@ def test_head_equals_slow_implementation(name, clips):
     (slow * g).sum().backward()
     torch.testing.assert_close(logits, slow, rtol=1e-4, atol=1e-5)
     for k, p in head.named_parameters():
-        assert p.grad.abs().max() > 0, f"{k} gets no gradient"
+        if (name, k) != ("abmilp", "score.2.bias"):  # softmax knows no shift
+            assert p.grad.abs().max() > 1e-6, f"{k} gets no gradient"
         scale = p.grad.abs().max().item()
         torch.testing.assert_close(fast[k], p.grad, rtol=0, atol=1e-5 * max(1, scale))
 
@@ -181,6 +182,30 @@ def test_similarity_gradient_equals_naive_graph(kind, K, tokens_per_clip, monkey
         flat = b.detach() / 96 ** 0.5
         along = (p.grad * flat).sum(1).abs().max()
         assert along < 1e-9 and p.grad.norm() > 1
+
+
+@pytest.mark.parametrize("K", (40, 2500))
+def test_search_in_half_precision(K, monkeypatch):
+    """The branch for CUDA, here on the CPU: another token may win by half precision's rounding, but
+    what wins is scored, and its gradient made, in float32."""
+    torch.manual_seed(0)
+    x, g = torch.randn(70, 33, 96), torch.randn(70, K)
+    head = probe.Prototypes(96, 10, K // 10, "protofloat")
+    exact, winner = head.similarity(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        s, places = head.similarity(x)
+    assert (places == winner).float().mean() > 0.99
+    p = torch.nn.functional.normalize(head.prototypes, dim=1)
+    unit = torch.nn.functional.normalize(x, dim=2)
+    naive = torch.stack([(unit[b, places[b]] * p).sum(1) for b in range(len(x))])   # (B, K)
+    torch.testing.assert_close(s, naive, rtol=0, atol=1e-6)
+    assert 0 <= (exact - s).min() + 1e-6 and (exact - s).max() < 1e-3
+    for scores in (s, naive):
+        head.prototypes.grad = None
+        (scores * g).sum().backward(retain_graph=True)
+        scores.gradient = head.prototypes.grad
+    assert (s.gradient - naive.gradient).norm() < 1e-5 * naive.gradient.norm()
 
 
 def test_no_similarity_tensor_is_kept():
@@ -215,8 +240,10 @@ def test_evidence_adds_up_to_the_logit(name, clips):
             head.score_mean.copy_(head.similarity(tokens)[0].relu().mean(0))
         evidence = head.evidence(tokens, cls)
         assert evidence.shape == (B, C, N)
-        torch.testing.assert_close(evidence.sum(-1) + head.constant(), head(tokens, cls),
-                                   rtol=0, atol=1e-4)
+        rest = head(tokens, cls) - evidence.sum(-1)  # the same for all clips
+        torch.testing.assert_close(rest, rest[:1].expand(B, -1), rtol=0, atol=1e-4)
+        if hasattr(head, "linear") and not hasattr(head, "score_mean"):
+            torch.testing.assert_close(rest[0], head.linear.bias, rtol=0, atol=1e-4)
         # a token's evidence sits at its own place
         moved = head.evidence(tokens.roll(1, 1), cls)
     if name not in ("conv", "linpre"):
@@ -303,8 +330,8 @@ def test_store_reads_equal_resident_reads():
     tokens, labels = planted(clips=300)
     folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 200 + ["test"] * 100)
     rows = torch.randperm(200)
-    inside = probe.Store(folder / "tokens.npy", torch.arange(200), "cpu", 1e9)
-    outside = probe.Store(folder / "tokens.npy", torch.arange(200), "cpu", 0)
+    inside = probe.Store(folder / "tokens.npy", torch.arange(200), "cpu")
+    outside = probe.Store(folder / "tokens.npy", rows[:0], "cpu")
     for (a, x), (b, y) in zip(inside.batches(rows), outside.batches(rows), strict=True):
         assert torch.equal(a, b) and torch.equal(x, y)
         assert torch.equal(x, torch.from_numpy(tokens[a].astype(np.float16)).float())
@@ -312,6 +339,61 @@ def test_store_reads_equal_resident_reads():
     test = torch.arange(200, 300)  # not resident: read from the file by both
     assert torch.equal(torch.cat([x for _, x in inside.batches(test)]),
                        torch.from_numpy(tokens[200:].astype(np.float16)).float())
+    mean = probe.mean_of_tokens(inside, torch.arange(200), test)
+    torch.testing.assert_close(mean.numpy(), tokens.astype(np.float16).astype(np.float32).mean(1),
+                               rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory,times", ((1, 1), (200 * 768 / 1e9, 30 * 2 * 2 + 2)))
+def test_how_often_a_clip_is_read(memory, times, monkeypatch):
+    """Once for all heads and seeds where the memory is there; in every epoch where it is not."""
+    tokens, labels = planted(clips=300)
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 250 + ["test"] * 50)
+    reads, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: reads.append(at) or preadv(fd, to, at))
+    done = script("probe.py", "--pool", "mean,linear,simpool", "--seeds", 2, "--memory", memory)
+    assert done.returncode == 0, done.stderr
+    count = {at: reads.count(at) for at in set(reads)}
+    assert len(count) == 300 and sorted(count.values())[-1] in (times, times - 1), count
+
+
+def test_training_equals_a_plain_loop():
+    """AdamW with torch's own betas, decay for the matrices of linear layers alone, a cosine from lr
+    to 0 over all steps, proto's penalty in the objective, the last state kept."""
+    tokens, labels = planted(clips=150)
+    folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 150)
+    store = probe.Store(folder / "tokens.npy", torch.arange(150), "cpu")
+    x = torch.from_numpy(np.load(folder / "tokens.npy")).float()
+    y = torch.from_numpy(labels).float()
+    for pool in ("proto", "protobin", "simpool"):
+        torch.manual_seed(3)
+        head = probe.make_head(pool, 32, 4, (12, 1), 2)
+        plain = copy.deepcopy(head)
+        losses, _ = probe.train(head, store, None, y, torch.arange(150), 0.02, 0.1, "asl", 7)
+        matrices = {"proto": ["weight"]}.get(pool, ["linear.weight"])
+        states = {k: [torch.zeros_like(p), torch.zeros_like(p)]
+                  for k, p in plain.named_parameters()}
+        shuffle, step = torch.Generator().manual_seed(7), 0
+        for epoch in range(30):
+            total = 0
+            for part in torch.randperm(150, generator=shuffle).split(128):
+                loss = probe.asymmetric_loss(plain(x[part]), y[part])
+                total += loss.item() * len(part) / 150
+                plain.zero_grad()
+                (loss + (plain.penalty() if pool == "proto" else 0)).backward()
+                lr, step = 0.02 * (1 + math.cos(math.pi * step / 60)) / 2, step + 1
+                with torch.no_grad():
+                    for k, p in plain.named_parameters():
+                        m, v = states[k]
+                        p -= lr * 0.1 * p if k in matrices else 0
+                        m += 0.1 * (p.grad - m)
+                        v += 0.001 * (p.grad ** 2 - v)
+                        p -= lr * (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt()
+                                                             + 1e-8)
+            if epoch == 0:
+                assert abs(losses[0] - total) < 1e-5
+        assert abs(losses[-1] - total) < 0.02 * total, (pool, losses[-1], total)
+        assert losses[-1] < losses[0]
 
 
 def runs(pool="protobin", seed=0, root="runs"):
@@ -328,6 +410,8 @@ def test_run_on_a_foreign_dump_and_small_memory_give_the_same():
     assert "use the mean of the tokens" in done.stdout
     info = json.load(open(runs() / "run.json"))
     assert info["parameters"] == 80 * 32 + 80 * 4 + 4 and len(info["losses"]["test"]) == 30
+    assert info["cls"] is None and info["seconds_per_epoch"] > 0
+    assert 5e7 < info["peak_memory_bytes"] < 5e9
     assert json.load(open(runs("linear") / "run.json"))["cls"] == "mean of tokens (no [cls])"
     assert np.load(runs() / "rows.npy").tolist() == list(range(80, 120))
     first = np.load(runs() / "logits.npy")
@@ -392,8 +476,8 @@ def test_head_file_holds_bits():
     evidence, logits = np.load(runs() / "evidence.npy"), np.load(runs() / "logits.npy")
     assert evidence.dtype == np.float16 and evidence.shape == (40, 4, 12)
     head = probe.load_head(runs() / "head.pt")
-    total = evidence.astype(np.float32).sum(-1) + head.constant().detach().numpy()
-    np.testing.assert_allclose(total, logits, atol=2e-2)  # float16 on disk
+    rest = logits - evidence.astype(np.float32).sum(-1)
+    assert rest.std(0).max() < 5e-3 < logits.std(0).min()  # float16 on disk
     train = torch.from_numpy(tokens[:80].astype(np.float16)).float()
     torch.testing.assert_close(head.score_mean, head.similarity(train)[0].mean(0).detach(),
                                rtol=1e-4, atol=1e-6)
@@ -464,11 +548,14 @@ def test_killed_run_leaves_nothing_and_claims_are_respected():
     assert job.poll() is None
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert {p.name for p in lock.parent.iterdir()} == {f".seed0.{socket.gethostname()}",
-                                                       ".seed0.lock"}
+    assert {p.name for p in lock.parent.iterdir()} == {".seed0.new", ".seed0.lock"}
     again = script("probe.py", "--seeds", 1)  # its lock went with it
     assert again.returncode == 0, again.stderr
-    assert [p.name for p in lock.parent.iterdir()] == ["seed0"]
+    assert {p.name for p in lock.parent.iterdir()} == {"seed0", ".seed0.lock"}
+    before = np.load(runs() / "logits.npy")
+    again = script("probe.py", "--seeds", 1, "--overwrite")
+    assert again.returncode == 0 and np.array_equal(before, np.load(runs() / "logits.npy"))
+    assert {p.name for p in lock.parent.iterdir()} == {"seed0", ".seed0.lock"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -528,7 +615,7 @@ def test_mistakes_get_one_sentence():
 def test_a_file_that_ends_early_is_named():
     tokens, labels = planted(clips=40)
     folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
-    store = probe.Store(folder / "tokens.npy", torch.arange(40), "cpu", 0)
+    store = probe.Store(folder / "tokens.npy", torch.arange(0), "cpu")
     os.truncate(folder / "tokens.npy", 3000)
     with pytest.raises(OSError, match="ends early"):
         store.read(torch.arange(40))
@@ -537,7 +624,7 @@ def test_a_file_that_ends_early_is_named():
 def test_too_little_memory_for_resident_tokens_is_no_error(monkeypatch, capsys):
     tokens, labels = planted(clips=40)
     folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
-    store, empty = probe.Store(folder / "tokens.npy", torch.arange(40), "cpu", 1e12), torch.empty
+    store, empty = probe.Store(folder / "tokens.npy", torch.arange(40), "cpu"), torch.empty
 
     def short(shape, **kind):
         if shape[0] == 40 and kind["dtype"] == torch.float16:
