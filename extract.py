@@ -1121,9 +1121,10 @@ def find_checkpoint(model, file):
             raise Stop(f"the weights of {model} have no address a script can fetch (the official "
                        f"repository links to a cloud drive); {by_hand}")
         file = os.path.join(torch.hub.get_dir(), "checkpoints", f"{model}-{os.path.basename(url)}")
-        if not os.path.exists(file):
-            print(f"fetching {url}", file=sys.stderr)
-            download(url, file, known, by_hand)
+        with alone(file + ".lock"):
+            if not os.path.exists(file):
+                print(f"fetching {url}", file=sys.stderr)
+                download(url, file, known, by_hand)
     elif not os.path.isfile(file):
         raise Stop(f"{file}: no such file; give --checkpoint the file you downloaded")
     else:
@@ -1299,33 +1300,46 @@ def write_json(file, content):
 
 def read_progress(folder):
     """{finished block: {unreadable row: reason}} from progress.<rank>, one JSON line per block. A
-    line that was cut short does not count; of two for a block, the one with fewer reasons does."""
+    line that was cut short does not count."""
     blocks = {}
     for file in glob.glob(os.path.join(glob.escape(folder), "progress.*")):
         for line in open(file, encoding="utf-8"):
             with contextlib.suppress(ValueError):
                 block, reasons = json.loads(line)
-                if block not in blocks or len(reasons) < len(blocks[block]):
-                    blocks[block] = {int(row): reason for row, reason in reasons.items()}
+                blocks[block] = {int(row): reason for row, reason in reasons.items()}
     return blocks
+
+
+def forget_bad_blocks(folder):
+    """Before going on: one record of the blocks whose clips could all be read. The others are tried
+    again, as their files may have been mended."""
+    done = read_progress(folder)
+    old = glob.glob(os.path.join(glob.escape(folder), "progress.*"))
+    file, new = (os.path.join(folder, name) for name in ("progress.0", "record.tmp"))
+    with open(new, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps([block, {}]) + "\n" for block in done if not done[block])
+    os.replace(new, file)
+    for other in set(old) - {file}:
+        os.remove(other)
 
 
 def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     """Encode this rank's unfinished blocks (every world-th) into the arrays, in order.
 
-    A block is recorded once its rows are on disk; one with unreadable clips is tried again when
-    resumed. Raises Stop for a clip whose tokens overflow float16, and when more than most_bad
-    clips are unreadable."""
+    A block is recorded once its rows are on disk. Raises Stop for a clip whose tokens overflow
+    float16, and when more than most_bad clips are unreadable."""
     size = meta["block"]
     blocks = Blocks(clips, meta["seconds"], size)
     done, bad = read_progress(folder), {}
-    todo = [b for b in range(len(blocks)) if b % world == rank and done.get(b, True)]
+    todo = [b for b in range(len(blocks)) if b % world == rank and b not in done]
     arrays = {}
     for name in ("tokens.npy", "cls.npy") if encoder.cls else ("tokens.npy",):
         view = np.load(os.path.join(folder, name), mmap_mode="r")
         arrays[name] = open(view.filename, "r+b", buffering=0), view.offset, view[0].nbytes
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(16, os.cpu_count() // ranks))
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")  # a job's, on Linux
+             else os.cpu_count())
+    workers = max(1, min(16, cores // ranks))
     if os.path.exists("/dev/shm"):  # batches pass through it, two a worker; 64 MB in a container
         batch = 4 * size * round(meta["seconds"] * RATE)
         workers = min(workers, int(shutil.disk_usage("/dev/shm").free / (3 * batch * ranks)))
@@ -1338,16 +1352,22 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     bar = Progress(sum(min(size, len(clips) - b * size) for b in todo), "clips")
     count, pending, synced = 0, [], time.time()
 
-    def save(block, outputs, reasons):
+    def bring(x):  # to the CPU; from CUDA the copy is under way until `ready`
+        if not x.is_cuda:
+            return x
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+    def save(block, halves, odd, ready, reasons):
         nonlocal pending, synced
-        for (name, (file, offset, stride)), output in zip(arrays.items(), outputs):
-            half = output.half()
-            odd = (~half.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-            if odd:
-                raise Stop(f"{clips[block * size + odd[0]]['path']}: its {name[:-4]} overflow "
-                           f"float16; check the file and the checkpoint")
+        if ready:
+            ready.synchronize()
+        for (name, (file, offset, stride)), half, wrong in zip(arrays.items(), halves, odd):
+            if wrong.any():
+                row = block * size + wrong.nonzero()[0].item()
+                raise Stop(f"{clips[row]['path']}: its {name[:-4]} overflow float16; check the "
+                           f"file and the checkpoint")
             file.seek(offset + block * size * stride)
-            if file.write(half.cpu().numpy()) < half.nbytes:
+            if file.write(half.numpy()) < half.nbytes:
                 raise OSError(errno.ENOSPC, "", file.name)
         pending.append(json.dumps([block, reasons]) + "\n")
         if time.time() - synced > RECORD_SECONDS or block == todo[-1]:
@@ -1366,10 +1386,13 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
         for block, (waves, reasons) in zip(todo, loader):
             bad |= reasons
             refuse_bad(bad, clips, most_bad)
-            outputs = encoder(waves)
+            halves = [x.half() for x in encoder(waves) if x is not None]
+            odd = [bring(~x.isfinite().flatten(1).all(1)) for x in halves]
+            halves = list(map(bring, halves))
+            ready = torch.cuda.current_stream().record_event() if halves[0].is_pinned() else None
             if job:
                 job.result()
-            job = writer.submit(save, block, outputs, reasons)
+            job = writer.submit(save, block, halves, odd, ready, reasons)
             count += len(waves)
             bar.show(count)
         if job:
@@ -1388,7 +1411,7 @@ def refuse_bad(bad, clips, most_bad):
 def record_done(folder, meta, clips):
     """meta.json's `done`: all rows before it are final and on disk."""
     finished, first = read_progress(folder), 0
-    while first in finished:
+    while finished.get(first) == {}:  # one with unreadable clips may be tried again
         first += 1
     write_json(os.path.join(folder, "meta.json"),
                meta | {"done": min(first * meta["block"], clips)})
@@ -1397,13 +1420,19 @@ def record_done(folder, meta, clips):
 def finish_dump(folder, clips, classes, meta, most_bad):
     """Take unreadable clips out of the arrays and mark the dump complete; returns
     {unreadable row: reason}. Killed at any moment, it can be done again."""
-    done, size = read_progress(folder), meta["block"]
-    bad = {row: reason for reasons in done.values() for row, reason in reasons.items()}
-    left = -(-len(clips) // size) - len(done)
-    if left:
-        raise Stop(f"{folder}: {left} blocks of {size} clips are not done; run the same command "
-                   f"again")
-    refuse_bad(bad, clips, most_bad)  # each rank has seen its own alone
+    size, file = meta["block"], os.path.join(folder, "meta.json")
+    if "removing" in meta:
+        bad = {int(row): reason for row, reason in meta.pop("removing").items()}
+    else:
+        done = read_progress(folder)
+        left = -(-len(clips) // size) - len(done)
+        if left:
+            raise Stop(f"{folder}: {left} blocks of {size} clips are not done; run the same "
+                       f"command again")
+        bad = {row: reason for reasons in done.values() for row, reason in reasons.items()}
+        refuse_bad(bad, clips, most_bad)  # each rank has seen its own alone
+        # from here on rows may have other places: fill_dump must not write again
+        write_json(file, meta | {"removing": bad})
     good = [row for row in range(len(clips)) if row not in bad]
     for name in ("tokens.npy", "cls.npy") if bad else ():
         path = os.path.join(folder, name)
@@ -1418,11 +1447,11 @@ def finish_dump(folder, clips, classes, meta, most_bad):
             os.replace(path + ".tmp", path)
     if bad:
         write_clips(folder, [clips[row] for row in good], classes)
-    write_json(os.path.join(folder, "meta.json"), meta | {
+    for progress in glob.glob(os.path.join(glob.escape(folder), "progress.*")):
+        os.remove(progress)
+    write_json(file, meta | {
         "done": len(good), "complete": True,
         "unreadable": [[clips[row]["path"], clips[row]["start"], bad[row]] for row in sorted(bad)]})
-    for file in glob.glob(os.path.join(glob.escape(folder), "progress.*")):
-        os.remove(file)
     return bad
 
 
@@ -1469,7 +1498,8 @@ def main():
     parser.add_argument("--allow-bad", action="store_true",
                         help=f"go on with more than {100 * MAX_BAD:g} %% of the clips missing "
                              "or unreadable")
-    parser.add_argument("--overwrite", action="store_true", help="discard the dump that is there")
+    parser.add_argument("--overwrite", action="store_true", help="discard the dump that is there "
+                        "(to go on after a stop, leave it out)")
     args = parser.parse_args()
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1552,13 +1582,16 @@ def main():
         if not begun:
             room("tokens", size, f"the dump {folder}")
         meta = open_dump(folder, meta, clips, classes, events, encoder)
+        if not meta["complete"]:
+            forget_bad_blocks(folder)
         barrier(world)
-    else:
-        meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
+    else:  # what this rank sees (clips, weights, precision) is what rank 0 saw, or it stops
+        meta = open_dump(folder, meta, clips, classes, events, encoder)
     if meta["complete"]:
         print(f"{folder} is complete, nothing to do")
         return
-    fill_dump(folder, encoder, clips, meta, rank, world, most_bad)
+    if "removing" not in meta:
+        fill_dump(folder, encoder, clips, meta, rank, world, most_bad)
     barrier(world)
     if rank == 0:
         bad = finish_dump(folder, clips, classes, meta, most_bad)
@@ -1576,6 +1609,12 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as e:
         print(f"extract.py: {str(e).split('. ')[0]}; end what else runs on the GPU and run the "
               f"same command again", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        print("extract.py: a process that reads audio was killed (is the memory full?); run the "
+              "same command again, nothing finished is lost", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

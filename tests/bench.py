@@ -3,19 +3,20 @@
     python tests/bench.py extract     # encoder: clips/s, naive path, share of the matmul rate
     python tests/bench.py probe       # one training step of protobin beside the naive graphs
     python tests/bench.py io          # training reads beside the disk's sequential rate
-    python tests/bench.py evaluate    # bootstrap beside scikit-learn in a loop
+    python tests/bench.py evaluate    # intervals beside scikit-learn in a loop
     python tests/bench.py scale       # 20,000 clips, K = 5,270: s/epoch and memory
     python tests/bench.py seeds       # five seeds in one pass over the data beside one by one
-    python tests/bench.py rates       # no speed: learning rates at K = 10,000
+    python tests/bench.py costs       # no speed: the paper's grid, counted
+    python tests/bench.py rates       # no speed: learning rates on planted tokens
 
 Absolute times belong to the machine they were taken on: quote the ratios. Every pair runs in
 turn, A B A B ..., and the median is printed.
 """
 
+import concurrent.futures
 import inspect
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -88,10 +89,13 @@ def bench_extract():
     x, hidden = torch.randn(B * L, D, **kind), torch.randn(B * L, 4 * D, **kind)
     w = [torch.randn(n, m, **kind) for n, m in ((D, 3 * D), (D, D), (D, 4 * D), (4 * D, D))]
     q, a = torch.randn(B * H, L, 64, **kind), torch.randn(B * H, L, L, **kind)
+    products = [(x, w[0]), (x, w[1]), (x, w[2]), (hidden, w[3]), (q, q.transpose(1, 2)), (a, q)]
+    out = [m @ n for m, n in products]  # used again: fresh memory would cost more than a product
 
     def matmul():
         for _ in range(12):
-            x @ w[0], x @ w[1], x @ w[2], hidden @ w[3], q @ q.transpose(1, 2), a @ q
+            for (m, n), o in zip(products, out):
+                torch.matmul(m, n, out=o)
     flop = 12 * (2 * L * D * 12 * D + 2 * 2 * L * L * D)
     ours, slow, floor = clock(lambda: encoder(waves), naive, matmul)
     ours, slow, floor = ours / B, slow / (1 if DEVICE == "cpu" else B), floor / B
@@ -103,35 +107,38 @@ def bench_extract():
           f"ours reaches {floor / ours:.0%} of it, naive {floor / slow:.0%}")
     front = clock(lambda: encoder.spectrogram(waves.to(DEVICE)))[0] / B
     print(f"  front-end alone       {1 / front:8.2f} clips/s   {front / ours:.0%} of the time")
-    with tempfile.NamedTemporaryFile(suffix=".wav") as f:
+    with tempfile.TemporaryDirectory(dir=".") as folder:
         import soundfile
-        soundfile.write(f.name, np.random.default_rng(0).uniform(-.1, .1, (441000, 2)), 44100)
-        carried, native = workers(f.name, B, 16000), workers(f.name, B, 44100)
+        file = os.path.join(folder, "a.wav")
+        soundfile.write(file, np.random.default_rng(0).uniform(-.1, .1, (441000, 2)), 44100)
+        whole = pipeline(extract, file, folder, B)
         torch.set_num_threads(1)
         wave = torch.randn(441000)
-        read, resampled = clock(lambda: extract.read_wave(f.name, 0, 10),
+        read, resampled = clock(lambda: extract.read_wave(file, 0, 10),
                                 lambda: extract.resampler(44100)(wave), rounds=15)
     print(f"  10 s of 44.1 kHz stereo: {1 / read:.0f} clips/s read and resampled by one worker, "
           f"{resampled / read:.0%} of it resampling")
-    print(f"  {os.cpu_count()} workers bring       {carried:8.2f} clips/s   {carried * ours:.1f} x "
-          f"what the encoder takes; {native:.0f} clips/s if they left the resampling to the device")
+    print(f"  all but the encoder   {whole:8.2f} clips/s   {whole * ours:.1f} x what it takes: "
+          f"read, resampled, carried over, written; {os.cpu_count()} cores")
 
 
-def workers(file, B, rate):
-    """Clips/s that one process gets from the loader of fill_dump, one worker a core. At the
-    file's own rate nothing is resampled, but more is carried."""
-    import extract
-    extract.RATE, was = rate, extract.RATE
-    blocks = extract.Blocks([{"source": file, "start": 0}] * 40 * B, 10, B)
-    loader = torch.utils.data.DataLoader(blocks, batch_size=None, num_workers=os.cpu_count(),
-                                         pin_memory=DEVICE == "cuda")
-    for i, (_, bad) in enumerate(loader):
-        assert not bad, bad
-        if i == 4:  # all workers are there
-            begin = time.perf_counter()
-    seconds = time.perf_counter() - begin
-    extract.RATE = was
-    return 35 * B / seconds
+def pipeline(extract, file, folder, B):
+    """Clips/s that fill_dump reads and writes when the encoder costs nothing."""
+    class Free:
+        grid, dim, cls, token_seconds, device = (64, 8), 768, True, 0.16, DEVICE
+        tokens, one = torch.zeros(B, 512, 768, device=DEVICE), torch.zeros(B, 768, device=DEVICE)
+
+        def __call__(self, waves):
+            waves.to(DEVICE, non_blocking=True)
+            return self.tokens[:len(waves)], self.one[:len(waves)]
+    clips = [{"path": "a.wav", "source": file, "start": i % 2 / 100, "split": "test",
+              "labels": set()} for i in range(3000 if DEVICE == "cpu" else 12800)]
+    meta = {"block": B, "seconds": 9.9, "complete": False}
+    dump = os.path.join(folder, "dump")
+    extract.open_dump(dump, meta, clips, ["a"], [], Free)
+    begin = time.perf_counter()
+    extract.fill_dump(dump, Free(), clips, meta, 0, 1, 0)
+    return len(clips) / (time.perf_counter() - begin)
 
 
 def protobin_graph(kind, K, B, N=512, D=768):
@@ -158,18 +165,18 @@ def protobin_graph(kind, K, B, N=512, D=768):
                 s = torch.nn.functional.conv2d(x.transpose(1, 2)[..., None], p[:, :, None, None])
                 s = s.flatten(2).max(2).values
             else:
-                s = (x @ p.T).max(1).values
+                with torch.autocast(DEVICE, torch.float16, enabled=kind == "half"):
+                    s = (x @ p.T).max(1).values.float()
             logits = head.linear(s)
         probe.asymmetric_loss(logits, labels).backward()
     return step, tokens, head
 
 
 def bench_probe(one=None):
-    """protobin at N = 512, D = 768.
-
-    Peak memory is what a step adds to the tokens, each graph in a
+    """protobin at N = 512, D = 768. Peak memory is what a step adds to the tokens, each graph in a
     process of its own. The forward's product is the floor: the backward adds up winners only, a
-    naive graph multiplies twice and keeps two or three (B, N, K) tensors."""
+    naive graph multiplies twice and keeps two or three (B, N, K) tensors. On a GPU our search is in
+    half precision; `half` is the matmul graph in half precision too."""
     import probe
     if one:
         kind, K, B = one[0], int(one[1]), int(one[2])
@@ -181,30 +188,32 @@ def bench_probe(one=None):
         return
     for K in (200, 1000, 5270):
         B = 128
-        kinds = ("ours", "matmul", "conv2d")
+        kinds = ("ours", "matmul", "conv2d") + ("half",) * (DEVICE == "cuda")
         steps = [protobin_graph(kind, K, B) for kind in kinds]
         _, tokens, head = steps[0]
         flat, p = tokens.reshape(-1, 768), head.prototypes.detach()
         half = (flat.half(), p.half()) if DEVICE == "cuda" else (flat, p)
         some = 512 if DEVICE == "cpu" else len(flat)  # rows at a time: out of memory, in the cache
+        out = half[0].new_empty(1024, some)
 
         def floor():
             for x in half[0].split(some):
                 for q in half[1].split(1024):
-                    q @ x.T
+                    torch.mm(q, x.T, out=out[:len(q)])
         times = clock(*(s for s, *_ in steps), floor, rounds=3 if K > 1000 else 5)
         grads = []
         for step, _, h in steps:
             step()
             grads.append(h.prototypes.grad)
         error = ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
-        del steps, tokens, flat, half, grads
+        del steps, tokens, flat, half, grads, out
         peak = [int(subprocess.run([sys.executable, __file__, "probe", kind, str(K), str(B)],
                                    capture_output=True, text=True, check=True).stdout.split()[-1])
                 for kind in kinds]
         print(f"K = {K:,}, B = {B}: {times[0]:.3f} s a step, {peak[0] / 1e9:.2f} GB more than the "
-              f"tokens; the product alone {times[3]:.3f} s ({times[3] / times[0]:.0%} of the "
-              f"step); gradient {error:.0e} from the naive one")
+              f"tokens; the product alone {times[-1]:.3f} s ({times[-1] / times[0]:.0%} of the "
+              f"step, {2 * 128 * 512 * 768 * K / times[-1] / 1e9:,.0f} GFLOP/s); gradient "
+              f"{error:.0e} from the naive one")
         for kind, t, m in list(zip(kinds, times, peak))[1:]:
             print(f"  {kind:>7} graph  {t:.3f} s, {m / 1e9:.2f} GB   ours is {t / times[0]:.2f} x "
                   f"faster with {peak[0] / m:.2f} of the memory")
@@ -222,15 +231,15 @@ def bench_seeds(clips=1024, N=512, D=768, C=10, seeds=5):
         block = np.random.default_rng(0).standard_normal((64, N, D)).astype(np.float16)
         np.save(file, np.tile(block, (clips // 64, 1, 1)))
         labels, rows = (torch.rand(clips, C) < 0.1).float().to(DEVICE), torch.arange(clips)
-        for budget in (1e12, 0):
-            store = probe.Store(file, rows, DEVICE, budget)
+        for stay in (rows, rows[:0]):
+            store = probe.Store(file, stay, DEVICE)
             for pool in ("mean", "mhca", "protobin"):
                 torch.manual_seed(0)
                 heads = [probe.make_head(pool, D, C, (64, 8)).to(DEVICE) for _ in range(seeds)]
                 steps = [torch.optim.AdamW(head.parameters(), fused=True) for head in heads]
 
                 def train(some):
-                    if budget == 0:
+                    if not len(stay):
                         drop_cache(file)
                     for part, tokens in store.batches(rows[torch.randperm(clips)]):
                         for k in some:
@@ -239,7 +248,7 @@ def bench_seeds(clips=1024, N=512, D=768, C=10, seeds=5):
                             steps[k].step()
                 alone, shared = clock(lambda: [train([k]) for k in range(seeds)],
                                       lambda: train(range(seeds)), rounds=3)
-                print(f"{pool:>8}, {'resident' if budget else 'from the file'}: {seeds} seeds, "
+                print(f"{pool:>8}, {'resident' if len(stay) else 'from the file'}: {seeds} seeds, "
                       f"one epoch each: {alone:.2f} s one by one, {shared:.2f} s in one pass = "
                       f"{alone / shared:.2f} x faster")
 
@@ -252,40 +261,56 @@ def drop_cache(file):
 
 
 def bench_io(clips=4000):
-    """Training batches (128 random clips of 786 kB) from a file that is not in the page cache,
-    beside reading the same file from end to end. The file is dropped from the cache before every
-    pass, which is how a file larger than the memory behaves. Sequential: 8-MB reads, one thread."""
+    """Training batches (128 random clips of 786 kB) from a file that is not in the page cache. The
+    machine's limit: the same file from end to end by four threads, a quarter each. naive:
+    tokens[rows] of a memory-mapped array, one page fault after the other. The file is dropped from
+    the cache before every pass, which is how a file larger than the memory behaves."""
     import probe
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = os.path.join(folder, "tokens.npy")
         array = np.lib.format.open_memmap(file, "w+", np.float16, (clips, 512, 768))
-        block = np.random.default_rng(0).standard_normal((100, 512, 768)).astype(np.float16)
-        for i in range(0, clips, 100):
-            array[i:i + 100] = block
+        block = np.random.default_rng(0).standard_normal((50, 512, 768)).astype(np.float16)
+        for i in range(0, clips, 50):
+            array[i:i + 50] = block
         array.flush()
         del array
-        size, rates = os.path.getsize(file), [[], []]
-        store = probe.Store(file, torch.arange(clips), "cpu", 0)
-        for _ in range(3):
-            drop_cache(file)
-            begin = time.perf_counter()
+        store = probe.Store(file, torch.arange(0), "cpu")
+        size, order = os.path.getsize(file), torch.randperm(clips).split(128)
+
+        def part(i):
             with open(file, "rb", buffering=0) as f:
-                while f.read(1 << 23):
+                f.seek(i * size // 4)
+                while f.tell() < (i + 1) * size // 4 and f.read(1 << 23):
                     pass
-            rates[0].append(size / (time.perf_counter() - begin))
-            drop_cache(file)
-            begin = time.perf_counter()
-            for _ in store.reads(torch.randperm(clips).split(128)):
+
+        def sequential():
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                list(pool.map(part, range(4)))
+
+        def ours():
+            for _ in store.reads(order):
                 pass
-            rates[1].append(size / (time.perf_counter() - begin))
-        sequential, ours = map(statistics.median, rates)
-    print(f"{size / 1e9:.1f} GB, not in the cache: sequential {sequential / 1e9:.2f} GB/s, training "
-          f"reads {ours / 1e9:.2f} GB/s = {ours / sequential:.0%}")
+
+        def naive():
+            tokens = np.load(file, mmap_mode="r")
+            for rows in order:
+                tokens[rows.numpy()]
+        rates = {f: [] for f in (sequential, ours, naive)}
+        for _ in range(3):
+            for f, rate in rates.items():
+                drop_cache(file)
+                begin = time.perf_counter()
+                f()
+                rate.append(size / (time.perf_counter() - begin) / 1e9)
+    limit, ours, naive = (statistics.median(rate) for rate in rates.values())
+    print(f"{size / 1e9:.1f} GB, not in the cache: sequential {limit:.2f} GB/s, training reads "
+          f"{ours:.2f} GB/s = {ours / limit:.0%}")
+    print(f"  naive                 {naive:8.2f} GB/s   ours is {ours / naive:.1f} x faster")
 
 
 def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
     """20,000 clips of random tokens, K = 5,270, one epoch of protobin as probe.py trains it, once
-    resident and once from the file."""
+    from the file and once resident. Peak: of the training alone, not of writing the tokens."""
     import probe
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = os.path.join(folder, "tokens.npy")
@@ -297,13 +322,14 @@ def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
         del array
         labels = (torch.rand(clips, C) < 0.005).float().to(DEVICE)
         probe.EPOCHS = 1
-        for budget in (0, 1e12):
-            store = probe.Store(file, torch.arange(clips), DEVICE, budget)
+        for stay in (torch.arange(0), torch.arange(clips)):
+            store = probe.Store(file, stay, DEVICE)
+            probe.peak_memory(labels.device, reset=True)
             torch.manual_seed(0)
             head = probe.Prototypes(D, C, M).to(DEVICE)
-            _, seconds = probe.train(head, store, None, labels, torch.arange(clips), 1e-2, "asl", 0,
-                                     lambda *_: None)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            _, seconds = probe.train(head, store, None, labels, torch.arange(clips),
+                                     probe.default_lr("protobin", M * C), 1e-4, "asl", 0)
+            peak = probe.peak_memory(labels.device)
             print(f"{clips:,} clips, N = {N}, K = {M * C:,}, "
                   f"{'resident' if store.resident is not None else 'from the file'}: "
                   f"{seconds[0]:.0f} s an epoch, peak {peak / 1e9:.1f} GB "
@@ -311,10 +337,10 @@ def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
 
 
 def bench_evaluate():
-    """200 resamples of an AudioSet-sized test set: 20,000 clips, 527 classes of 0.03 to 6 %.
-
-    naive: scikit-learn's average_precision_score with sample_weight, class by class and resample
-    by resample, timed on 17 of the classes (from rare to frequent) and 3 resamples and scaled."""
+    """200 halves of an AudioSet-sized test set: 20,000 clips, 527 classes of 0.03 to 6 %. naive:
+    scikit-learn's average_precision_score with sample_weight, class by class and half by half,
+    timed on 17 of the classes (from rare to frequent) and 3 halves and scaled. The machine's limit:
+    sort each class's scores, and add up the weights once in the order they lie in."""
     from sklearn.metrics import average_precision_score
 
     import evaluate
@@ -332,44 +358,93 @@ def bench_evaluate():
         return np.array([[average_precision_score(labels[:, j], logits[:, j],
                                                   sample_weight=weights[:, r])
                           for r in range(few)] for j in some])           # (some, few)
-    fast, slow = clock(ours, naive, rounds=3)
+
+    def limit():
+        return evaluate.per_class(lambda _, s: np.argsort(s, kind="stable")[0] + weights.sum(0),
+                                  labels, logits)
+    fast, slow, least = clock(ours, naive, limit, rounds=3)
     slow *= C * R / (len(some) * few)
     same = np.stack([evaluate.average_precision(labels[:, j], logits[:, j], weights[:, :few])
                      for j in some])
-    print(f"{n:,} clips x {C} classes ({labels.mean():.2%} positive) x {R} resamples: {fast:.1f} s "
+    print(f"{n:,} clips x {C} classes ({labels.mean():.2%} positive) x {R} halves: {fast:.1f} s "
           f"(values differ by {np.abs(same - naive()).max():.0e})")
     print(f"  scikit-learn in a loop {slow:8.0f} s   ours is {slow / fast:.0f} x faster")
+    print(f"  sort and add alone     {least:8.1f} s   {least / fast:.0%} of ours")
 
 
-def bench_rates(C=500, D=256, N=32, train=1000, clips=1400):
-    """Which learning rate survives K = 10,000: valid macro mAP of protobin on planted tokens, of
-    500 classes with a direction each, 1 seed. No speed is measured here."""
+def bench_costs():
+    """The paper's grid, counted: 9 encoders (as ViT-B), 14 datasets, 11 heads, 5 seeds, 30 epochs.
+    Multiplications of encoders and of heads in training, a head's backward counted as its forward
+    (tokens get no gradient; prototype heads have none to speak of); no search of hyperparameters.
+    Read: once a dataset and encoder where the tokens stay in memory, else in every epoch."""
+    sets = {  # clips, of them trained on in an epoch, N, K: README's table
+        "as20k": (35827, 18685, 512, 5270), "fsd50k": (51197, 40966, 512, 4000),
+        "desed": (3438, 2746, 512, 200), "spass": (25000, 17500, 512, 660),
+        "urban": (10000, 8000, 512, 200), "hsn": (13344, 1344, 256, 420),
+        "nbp": (3827, 3264, 256, 1020), "nes": (30176, 5696, 256, 1780),
+        "per": (23568, 8448, 256, 2640), "pow": (7632, 3072, 256, 960),
+        "sne": (27340, 3584, 256, 1120), "uhh": (38365, 1728, 256, 540),
+        "esc50": (2000, 8000, 256, 1000), "sc2": (105829, 94824, 56, 700)}  # esc50: 5 folds
+    D = 768
+    pooled = {"conv": lambda N, K: 4 * 9 * D * 256 * N, "abmilp": lambda N, K: 4 * D * D * N,
+              "ep": lambda N, K: 12 * 32 * D * N, "mhca": lambda N, K: 12 * 12 * D * N,
+              "simpool": lambda N, K: 12 * D * N, "linpre": lambda N, K: 2 * D * N,
+              "linearc": lambda N, K: D * N, "proto": lambda N, K: 2 * D * K * N,
+              "protobin": lambda N, K: 2 * D * K * N}
+    for title, names, heads, encoders in (
+            ("the grid", list(sets), list(pooled), 9),
+            ("an evening: one encoder, five multi-label sets, linear, mhca, protobin",
+             ["as20k", "fsd50k", "desed", "spass", "urban"], ["mhca", "protobin"], 1)):
+        clips = tokens = encoder = head = read = 0
+        for name in names:
+            here, train, N, K = sets[name]
+            clips, tokens = clips + here, tokens + here * N * D * 2
+            encoder += here * 12 * (2 * (N + 1) * D * 12 * D + 4 * (N + 1) ** 2 * D)
+            head += 5 * 30 * train * sum(pooled[h](N, K) for h in heads)
+            read += 5 * 30 * train * len(heads) * N * D * 2
+        print(f"{title}: {encoders} x {clips:,} clips, {encoders * tokens / 1e12:.2f} TB of "
+              f"tokens, {encoders * encoder / 1e15:,.0f} PFLOP of encoder, "
+              f"{encoders * head / 1e15:,.0f} PFLOP of heads; read {encoders * tokens / 1e12:.2f} "
+              f"TB if resident, else {encoders * read / 1e12:,.0f} TB")
+
+
+def bench_rates(D=256, N=32, train=1000, clips=1400):
+    """Which learning rates survive on another set than the demo: valid macro mAP on planted tokens,
+    noise about a common mean into which each class of a clip puts its own direction once or twice,
+    1 seed. 50 classes for all heads, 200 and 500 (K = 4,000, 10,000) for those with prototypes."""
     import evaluate
     import probe
-    rng = np.random.default_rng(0)
-    directions, common = rng.standard_normal((C, D)), rng.standard_normal(D)
-    labels, share = np.zeros((clips, C), bool), 1 / np.arange(5, 5 + C)
-    tokens = rng.standard_normal((clips, N, D)) + common
-    for i in range(clips):
-        for j in rng.choice(C, rng.integers(1, 6), replace=False, p=share / share.sum()):
-            labels[i, j] = True
-            for t in rng.choice(N, rng.integers(1, 3), replace=False):
-                tokens[i, t] += 0.6 * directions[j] * rng.uniform(0.6, 1.2)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        file = os.path.join(folder, "tokens.npy")
-        np.save(file, tokens.astype(np.float16))
-        store = probe.Store(file, torch.arange(clips), DEVICE, 1e12)
+    usual, high = (0.0003, 0.001, 0.003, 0.007), (0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
+    for C in (50, 200, 500):
+        rng = np.random.default_rng(0)
+        directions, common = rng.standard_normal((C, D)), rng.standard_normal(D)
+        labels, share = np.zeros((clips, C), bool), 1 / np.arange(5, 5 + C)
+        tokens = rng.standard_normal((clips, N, D)) + common
+        for i in range(clips):
+            for j in rng.choice(C, rng.integers(1, 6), replace=False, p=share / share.sum()):
+                labels[i, j] = True
+                for t in rng.choice(N, rng.integers(1, 3), replace=False):
+                    tokens[i, t] += 0.6 * directions[j] * rng.uniform(0.6, 1.2)
         hot = torch.from_numpy(labels).float().to(DEVICE)
-        for lr in (0.001, 0.002, 0.003, 0.005, 0.01):
-            torch.manual_seed(0)
-            head = probe.Prototypes(D, C, 20).to(DEVICE)
-            losses, _ = probe.train(head, store, None, hot, torch.arange(train), lr, "asl", 0,
-                                    lambda *_: None)
-            with torch.no_grad():
-                logits = torch.cat([head(x).cpu() for _, x in store.batches(
-                    torch.arange(train, clips))])
-            score = evaluate.metrics("multi", labels[train:], logits.numpy())["macro mAP"]
-            print(f"lr {lr}: macro mAP {score:.1f}, loss {losses[-1]:.5f}", flush=True)
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            file = os.path.join(folder, "tokens.npy")
+            np.save(file, tokens.astype(np.float16))
+            store = probe.Store(file, torch.arange(clips), DEVICE)
+            for pool in [h for h in probe.HEADS if C == 50 and h != "linear" or "proto" in h]:
+                scores = {}
+                for lr in ((0.001,) * (C > 50) + high if "proto" in pool else usual):
+                    torch.manual_seed(0)
+                    head = probe.make_head(pool, D, C, (N // 4, 4), 20).to(DEVICE)
+                    probe.train(head, store, None, hot, torch.arange(train), lr, probe.DECAY,
+                                "asl", 0)
+                    with torch.no_grad():
+                        logits = torch.cat([head(x).cpu() for _, x in store.batches(
+                            torch.arange(train, clips))])
+                    scores[lr] = evaluate.metrics("multi", labels[train:],
+                                                  logits.numpy())["macro mAP"]
+                print(f"{C:3} classes  {pool:>10}  default {probe.default_lr(pool, 20 * C):g}   "
+                      + "   ".join(f"{lr:g}: {score:.1f}" for lr, score in scores.items()),
+                      flush=True)
 
 
 if __name__ == "__main__":

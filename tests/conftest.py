@@ -39,9 +39,9 @@ def script(name, *args, env=None):
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
-def start(name, *args, env=None):
+def start(name, *args, env=None, cwd=None):
     """The same in a process of its own, to be killed."""
-    return subprocess.Popen([sys.executable, str(ROOT / name), *map(str, args)],
+    return subprocess.Popen([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd,
                             env={**os.environ, **(env or {})}, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
@@ -51,7 +51,7 @@ def refused(process, *words):
     message = process.stderr.strip().splitlines()
     assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
     assert "Traceback" not in process.stderr, process.stderr
-    assert message and message[-1].startswith(("extract.py: ", "probe.py: ", "evaluate.py: ")), message
+    assert message[-1:] and message[-1].startswith(("extract.py: ", "probe.py: ", "evaluate.py: "))
     for word in words:
         assert word in message[-1], (word, message[-1])
 

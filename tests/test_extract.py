@@ -12,6 +12,8 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -514,57 +516,156 @@ def test_other_settings_are_refused_and_named():
     assert cls.shape == (39, 128) and cls.dtype == np.float16 and cls.any(1).all()
 
 
+# extract.py with every block recorded at once, so that a kill finds some done and some not
+EAGER = f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import extract
+extract.RECORD_SECONDS = 0
+extract.Encoder.__call__ = lambda self, waves, call=extract.Encoder.__call__: (
+    time.sleep(0.02), call(self, waves))[1]
+sys.argv = ["extract.py", "--data", "mine"]
+extract.main()"""
+
+
+def eager(rank=0, world=1, port=0):
+    env = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "WORLD_SIZE": world,
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
+    return subprocess.Popen([sys.executable, "-c", EAGER], stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, **{k: str(v) for k, v in env.items()}})
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def recorded():
+    return len(extract.read_progress("tokens/mine/logmel"))
+
+
 def test_kill_at_random_moments_then_same_bytes():
-    folder_of_clips(clips=400)
+    folder_of_clips(clips=400)  # 50 blocks
     soundfile.write("data/mine/audio/333.wav", np.zeros(0), 16000)  # an empty one among them
     whole = start("extract.py", "--data", "mine")
     assert whole.wait() == 0, whole.stderr.read()
     want = content()
     assert b"333.wav" in want["meta.json"] and b"333.wav" not in want["clips.csv"]
     os.rename("tokens", "whole")
-    rng, kills = random.Random(0), 0
-    for _ in range(60):
-        job = start("extract.py", "--data", "mine")
-        while not os.path.exists("tokens/mine/logmel/meta.json"):
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.5))
-        if kills < 5 and job.poll() is None:
-            job.send_signal(signal.SIGKILL)
-            kills += 1
-        if job.wait() == 0:
-            break
-    assert kills == 5
+    rng, seen = random.Random(0), 0
+    for _ in range(4):
+        job, enough = eager(), seen + rng.randint(2, 12)
+        while recorded() < enough:
+            assert job.poll() is None, job.stderr.read()
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        meta = json.load(open("tokens/mine/logmel/meta.json"))
+        assert enough <= (seen := recorded()) < 50 and not meta["complete"]
+        got = np.load("tokens/mine/logmel/tokens.npy", mmap_mode="r")[:meta["done"]]
+        assert meta["done"] and np.array_equal(got, np.load("whole/mine/logmel/tokens.npy")
+                                               [:meta["done"]])
+    assert eager().wait() == 0
     assert content() == want
 
 
 def test_two_ranks_equal_one_and_survive_a_kill():
     folder_of_clips(clips=400)
     soundfile.write("data/mine/audio/17.wav", np.zeros(0), 16000)
-    assert start("extract.py", "--data", "mine").wait() == 0
+    assert run().returncode == 0
     want = content()
-
-    def ranks(port, world=2):
-        return [start("extract.py", "--data", "mine", env={
-            "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for r in range(world)]
-    for kill in (False, True):
+    for resume in (0, 1, 3):  # not killed at all, gone on with by one, by three
         shutil.rmtree("tokens")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        jobs = ranks(port)
-        if kill:
-            while not os.path.exists("tokens/mine/logmel/progress.1"):
-                time.sleep(0.01)
+        port = free_port()
+        jobs = [eager(rank, 2, port) for rank in range(2)]
+        if resume:
+            while recorded() < 15:
+                assert jobs[0].poll() is None, jobs[0].stderr.read()
             jobs[1].send_signal(signal.SIGKILL)
             jobs[0].send_signal(signal.SIGTERM)  # as torchrun does when a rank is gone
             jobs[0].wait(timeout=120)
-            assert not json.load(open("tokens/mine/logmel/meta.json"))["complete"]
-            assert start("extract.py", "--data", "mine").wait() == 0
-        else:
-            for job in jobs:
-                assert job.wait(timeout=120) == 0, job.stderr.read()
+            assert 15 <= recorded() < 50
+            assert all(os.path.getsize(f"tokens/mine/logmel/progress.{r}") > 1 for r in (0, 1))
+            port = free_port()
+            jobs = [eager(rank, resume, port) for rank in range(resume)]
+        for job in jobs:
+            assert job.wait(timeout=120) == 0, job.stderr.read()
         assert content() == want
+
+
+def test_torchrun_itself():
+    folder_of_clips(clips=60)
+    assert run().returncode == 0
+    want = content()
+    shutil.rmtree("tokens")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           f"--master-port={free_port()}", ROOT / "extract.py", "--data", "mine"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert content() == want
+
+
+def test_a_rank_that_sees_other_clips_stops():
+    """Two machines, one of whose data folders lacks a file: no row may hold another clip."""
+    folder_of_clips(clips=40)
+    shutil.copytree("data", "other/data")
+    shutil.copy("datasets.txt", "other")
+    os.remove("other/data/mine/audio/3.wav")
+    os.makedirs("tokens")
+    os.symlink(os.path.abspath("tokens"), "other/tokens")
+    port = str(free_port())
+    jobs = [start("extract.py", "--data", "mine", "--allow-bad", cwd=folder, env={
+        "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for r, folder in enumerate((".", "other"))]
+    messages = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], messages
+    assert "another rank stopped" in messages[0] and "other settings" in messages[1], messages
+    assert not json.load(open("tokens/mine/logmel/meta.json"))["complete"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("done,mended", ((False, False), (True, False), (False, True)))
+def test_kill_at_every_rename(done, mended, monkeypatch):
+    """Above all while unreadable clips are taken out: the dump that is gone on with is the dump that
+    was never stopped, or, if the file is mended meanwhile, one whose parts still agree."""
+    folder_of_clips(clips=24)
+    torch.save(small("eat"), "w.pt")
+    args = "--model", "eat", "--checkpoint", "w.pt", "--allow-bad"
+    good = pathlib.Path("data/mine/audio/10.wav").read_bytes()
+    soundfile.write("data/mine/audio/10.wav", np.zeros(0), 16000)
+    assert run(*args).returncode == 0
+    want, lengths = content("tokens/mine/eat"), set()
+    replace = os.replace
+    for moment in range(30):
+        shutil.rmtree("tokens")
+        calls = iter(range(100))
+
+        def killing(a, b):
+            now = next(calls) == moment
+            if not now or done:
+                replace(a, b)
+            if now:
+                raise Killed
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killing)
+            first = run(*args)
+        if first.returncode == 0:
+            break
+        assert "Killed" in first.stderr, first.stderr
+        if mended:
+            pathlib.Path("data/mine/audio/10.wav").write_bytes(good)
+        again = run(*args)
+        soundfile.write("data/mine/audio/10.wav", np.zeros(0), 16000)
+        assert again.returncode == 0, (moment, again.stderr)
+        if not mended:
+            assert content("tokens/mine/eat") == want, moment
+        rows = [r["path"] for r in csv.DictReader(open("tokens/mine/eat/clips.csv"))]
+        sizes = {len(np.load(f"tokens/mine/eat/{name}.npy")) for name in ("tokens", "cls", "labels")}
+        assert sizes == {len(rows)} and len(rows) == 23 + ("audio/10.wav" in rows), moment
+        lengths.add(len(rows))
+    assert moment > 8 and lengths == ({23, 24} if mended else {23})
 
 
 def test_bad_files_are_skipped_counted_and_named():
@@ -602,10 +703,24 @@ def test_mended_files_are_tried_again_and_a_line_cut_short_is_no_harm():
     folder = pathlib.Path("tokens/mine/logmel")
     with open(folder / "progress.0", "a") as f:  # as if recorded before the refusal, then killed
         f.write('[1, {"9": "no audio"}]\n[2, {')
+    (folder / "progress.1").write_text('[3, {}]\n[4, {"33": "no audio"}]\n')
+    extract.forget_bad_blocks(folder)
+    assert extract.read_progress(folder) == {3: {}} and not (folder / "progress.1").exists()
+    os.remove(folder / "progress.0")
+    (folder / "progress.0").write_text('[1, {"9": "no audio"}]\n')
     pathlib.Path("data/mine/audio/9.wav").write_bytes(good)
     done = run()
     assert done.returncode == 0, done.stderr
     assert content() == want
+    # one mended, its neighbour spoilt: the neighbour is left out
+    pathlib.Path("data/mine/audio/9.wav").write_bytes(b"this is no audio")
+    refused(run("--overwrite"), "audio/9.wav", "mend")
+    (folder / "progress.0").write_text('[1, {"9": "no audio"}]\n')
+    pathlib.Path("data/mine/audio/9.wav").write_bytes(good)
+    pathlib.Path("data/mine/audio/10.wav").write_bytes(b"this is no audio")
+    assert run("--allow-bad").returncode == 0
+    rows = [r["path"] for r in csv.DictReader(open(folder / "clips.csv"))]
+    assert "audio/9.wav" in rows and "audio/10.wav" not in rows and len(rows) == 39
 
 
 def test_one_dump_is_made_by_one_process():
