@@ -408,14 +408,14 @@ def bench_costs():
               f"TB if resident, else {encoders * read / 1e12:,.0f} TB")
 
 
-def bench_rates(D=256, N=32, train=1000, clips=1400):
+def bench_rates(D=256, N=32, train=1000, clips=1400, sizes=(50, 200, 500)):
     """Which learning rates survive on another set than the demo: valid macro mAP on planted tokens,
     noise about a common mean into which each class of a clip puts its own direction once or twice,
     1 seed. 50 classes for all heads, 200 and 500 (K = 4,000, 10,000) for those with prototypes."""
     import evaluate
     import probe
-    usual, high = (0.0003, 0.001, 0.003, 0.007), (0.002, 0.005, 0.01, 0.02, 0.04, 0.08)
-    for C in (50, 200, 500):
+    usual, high = (0.0003, 0.001, 0.003, 0.007), (0.01, 0.02, 0.04, 0.08)
+    for C in sizes:
         rng = np.random.default_rng(0)
         directions, common = rng.standard_normal((C, D)), rng.standard_normal(D)
         labels, share = np.zeros((clips, C), bool), 1 / np.arange(5, 5 + C)
@@ -432,7 +432,8 @@ def bench_rates(D=256, N=32, train=1000, clips=1400):
             store = probe.Store(file, torch.arange(clips), DEVICE)
             for pool in [h for h in probe.HEADS if C == 50 and h != "linear" or "proto" in h]:
                 scores = {}
-                for lr in ((0.001,) * (C > 50) + high if "proto" in pool else usual):
+                for lr in (high if pool == "proto" else (0.001, 0.002, 0.003, 0.005, 0.01)
+                           if "proto" in pool else usual):
                     torch.manual_seed(0)
                     head = probe.make_head(pool, D, C, (N // 4, 4), 20).to(DEVICE)
                     probe.train(head, store, None, hot, torch.arange(train), lr, probe.DECAY,

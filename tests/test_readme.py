@@ -160,8 +160,24 @@ def test_helpers_that_stand_twice_are_the_same():
 
 
 def test_constants_say_where_they_come_from():
-    """Every UPPER_CASE number of the first block carries its source."""
-    for name in ("extract.py", "probe.py", "evaluate.py"):
-        block = (ROOT / name).read_text().split("# constants")[1].split("# ------")[1]
-        for line in re.findall(r"^[A-Z_]+(?:, [A-Z_]+)* = [\d.(].*(?:\n +#.*)*", block, re.M):
-            assert re.search(r"\[(paper|official code|ours)\]", line), line
+    """Every number of the first block, and every table of them, carries its source: on its lines, or
+    in the comment before or after them."""
+    for name in SCRIPTS:
+        text = (ROOT / name).read_text()
+        block = text.split("# constants")[1].split("\nclass ")[0].split("# ------")[0]
+        block = "#" + block
+        lines, seen = block.splitlines(), 0
+        for node in ast.parse(block).body:
+            if not isinstance(node, ast.Assign) or not any(
+                    isinstance(n, ast.Constant) and isinstance(n.value, (int, float))
+                    for n in ast.walk(node.value)):
+                continue
+            first, last = node.lineno - 1, node.end_lineno
+            while lines[first - 1].startswith("#"):
+                first -= 1
+            while last < len(lines) and re.match(" +#", lines[last]):
+                last += 1
+            said = "\n".join(lines[first:last])
+            assert re.search(r"\[(paper|official code|ours)", said), said
+            seen += 1
+        assert seen >= 4, (name, seen)
