@@ -555,7 +555,7 @@ def batches(store, rows):
 def mean_of_tokens(store, *groups):
     """In place of [cls]: (clips, D) float32, the mean of the tokens of the rows in groups."""
     out = torch.zeros(store.shape[0], store.shape[2])
-    for rows in groups:
+    for rows in filter(len, groups):
         for part, tokens in store.batches(rows):
             out[part] = tokens.mean(1).cpu()
     return out

@@ -122,7 +122,7 @@ def bench_extract():
           f"read, resampled, carried over, written; {os.cpu_count()} cores")
 
 
-def pipeline(extract, file, folder, B):
+def pipeline(extract, file, folder, B, clips=3000 if DEVICE == "cpu" else 12800):
     """Clips/s that fill_dump reads and writes when the encoder costs nothing."""
     class Free:
         grid, dim, cls, token_seconds, device = (64, 8), 768, True, 0.16, DEVICE
@@ -132,7 +132,7 @@ def pipeline(extract, file, folder, B):
             waves.to(DEVICE, non_blocking=True)
             return self.tokens[:len(waves)], self.one[:len(waves)]
     clips = [{"path": "a.wav", "source": file, "start": i % 2 / 100, "split": "test",
-              "labels": set()} for i in range(3000 if DEVICE == "cpu" else 12800)]
+              "labels": set()} for i in range(clips)]
     meta = {"block": B, "seconds": 9.9, "complete": False}
     dump = os.path.join(folder, "dump")
     extract.open_dump(dump, meta, clips, ["a"], [], Free)
@@ -317,7 +317,7 @@ def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
         array = np.lib.format.open_memmap(file, "w+", np.float16, (clips, N, D))
         rng = np.random.default_rng(0)
         for i in range(0, clips, 500):
-            array[i:i + 500] = rng.standard_normal((500, N, D), dtype=np.float32)
+            array[i:i + 500] = rng.standard_normal((min(500, clips - i), N, D), dtype=np.float32)
         array.flush()
         del array
         labels = (torch.rand(clips, C) < 0.005).float().to(DEVICE)

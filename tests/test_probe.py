@@ -314,6 +314,14 @@ def test_proto_penalty():
     torch.testing.assert_close(head.penalty(), total.sqrt() / (3 * 4 * 4))
 
 
+def test_rates_lie_in_the_papers_ranges():
+    for K in (200, 1000, 4000, 5270, 10540):
+        for pool in probe.HEADS:
+            low, high = (2e-3, 8e-2) if "proto" in pool else (1e-4, 7e-3)
+            assert low <= probe.default_lr(pool, K) <= high, (pool, K)
+    assert 1e-5 <= probe.DECAY <= 5e-4
+
+
 def test_asymmetric_loss():
     logits, labels = torch.tensor([[2.0, -1.0, -6.0]]), torch.tensor([[1.0, 0.0, 0.0]])
     p = [1 / (1 + math.exp(-v)) for v in (2.0, -1.0, -6.0)]
@@ -456,6 +464,13 @@ def test_folds_and_single_label():
     assert sorted(rows.tolist()) == list(range(900))
     accuracy = (np.load(runs() / "logits.npy").argmax(1) == kinds[rows]).mean()
     assert accuracy > 0.8, accuracy
+    os.remove(folder / "cls.npy")  # linear on the mean, which is what the mean was given as [cls]
+    first = script("probe.py", "--pool", "linear", "--seeds", 1)
+    assert first.returncode == 0, first.stderr
+    np.save(folder / "cls.npy", tokens.astype(np.float16).mean(1, dtype=np.float32))
+    assert script("probe.py", "--pool", "linear", "--seeds", 1, "--runs", "own").returncode == 0
+    np.testing.assert_allclose(*(np.load(runs("linear", root=r) / "logits.npy")
+                                 for r in ("runs", "own")), rtol=1e-3, atol=1e-3)
     # each fold's head scores its own fold's clips to the logits on disk
     saved = torch.load(runs() / "head.pt", weights_only=True)
     assert list(saved["folds"]) == ["1", "2", "3"]
