@@ -53,8 +53,8 @@ MEMORY = 0.6        # share of the free memory that resident tokens may take [ou
 # (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These are fixed [ours]: inside
 # those ranges, the highest mean of valid macro mAP over three sets: the demo through logmel (D =
 # 256) and random (D = 768), and planted tokens of 50 classes (K = 1,000). README has the table.
-LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 7e-3, "conv": 1e-3, "linpre": 1e-3,
-      "abmilp": 3e-3, "simpool": 7e-3, "ep": 3e-3, "mhca": 3e-3, "proto": 8e-2,
+LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 3e-3, "conv": 1e-3, "linpre": 1e-3,
+      "abmilp": 7e-3, "simpool": 7e-3, "ep": 3e-3, "mhca": 3e-3, "proto": 8e-2,
       "protofloat": 5e-3, "protobin": 5e-3}
 LR_K = 5  # protobin, protofloat: at most LR_K / K, but 2e-3 at least. Adam moves all K weights of
           # a class together, its logit by lr * K * mean score; chosen at K = 4,000, 10,000 [ours]
