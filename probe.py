@@ -648,6 +648,8 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
         print(e)
         return
     with held:
+        if os.path.exists(old) and not os.path.exists(folder):  # killed between the two renames
+            os.rename(old, folder)
         if not args.overwrite and is_there(folder, settings, args.evidence):
             print(f"{folder} is there already")
             return
@@ -659,9 +661,9 @@ def run(pool, seed, dump, store, cls, labels, args, folder):
             if os.path.exists(folder):
                 os.rename(folder, old)
             os.rename(work, folder)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
     print(f"{pool:>10}  seed {seed}  {info['parameters']:>10,} parameters  "
           f"{info['seconds_per_epoch']:.2f} s/epoch  loss {info['loss_at_end']:.5f}  -> {folder}")
 

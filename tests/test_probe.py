@@ -573,6 +573,27 @@ def test_killed_run_leaves_nothing_and_claims_are_respected():
     assert {p.name for p in lock.parent.iterdir()} == {"seed0", ".seed0.lock"}
 
 
+@pytest.mark.parametrize("moment", (0, 1))
+def test_overwriting_loses_nothing_when_killed(moment, monkeypatch):
+    """At each of its two renames: the run that is there afterwards is a whole one."""
+    tokens, labels = planted(clips=40)
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
+    assert script("probe.py", "--pool", "mean", "--seeds", 1).returncode == 0
+    before, rename, calls = np.load(runs("mean") / "logits.npy"), os.rename, iter(range(9))
+
+    def killed(a, b):
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        rename(a, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        stopped = script("probe.py", "--pool", "mean", "--seeds", 1, "--overwrite", "--lr", 0.1)
+    assert stopped.returncode == 130
+    again = script("probe.py", "--pool", "mean", "--seeds", 1)
+    assert again.returncode == 0 and "is there already" in again.stdout, again.stderr
+    assert np.array_equal(before, np.load(runs("mean") / "logits.npy"))
+
+
 # ---------------------------------------------------------------------------------------------
 # bad input
 
