@@ -1389,7 +1389,7 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
             halves = [x.half() for x in encoder(waves) if x is not None]
             odd = [bring(~x.isfinite().flatten(1).all(1)) for x in halves]
             halves = list(map(bring, halves))
-            ready = torch.cuda.current_stream().record_event() if halves[0].is_pinned() else None
+            ready = torch.cuda.current_stream().record_event() if encoder.device == "cuda" else None
             if job:
                 job.result()
             job = writer.submit(save, block, halves, odd, ready, reasons)
