@@ -26,6 +26,7 @@ import fcntl
 import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -42,6 +43,7 @@ import torch
 
 EPOCHS = 30         # passes over the training clips [paper]
 BATCH = 128         # clips [paper]
+CHUNK = 8 * BATCH   # clips that all seeds draw at once, each to shuffle on its own [ours]
 SEEDS = 5           # runs of a head [paper]
 PROTOTYPES = 20     # per class; the line in datasets.txt may say otherwise (as20k: 10) [paper]
 GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]
@@ -466,7 +468,7 @@ class Store:
     """Rows of tokens.npy (float16 (clips, N, D)) as batches on the device.
 
     rows: those that are read once and stay on the device. All others come from the file by sorted
-    reads, in threads, two batches ahead of the step; on CUDA through pinned memory."""
+    reads, in threads, a chunk ahead of the step; on CUDA through pinned memory."""
 
     def __init__(self, file, rows, device):
         self.file, self.rows, self.device = file, rows, device
@@ -515,47 +517,59 @@ class Store:
         list(self.pool.map(fetch, [jobs[i:i + share] for i in range(0, len(jobs), share)]))
         return out
 
-    def batches(self, rows):
-        """Yield (rows of the batch, tokens (B, N, D) float32 on the device, good until the next).
+    def chunks(self, parts):
+        """Yield (rows of a part, take): take(places) is the tokens (B, N, D), B <= BATCH, of
+        rows[places], float32 on the device, good until the next.
 
         Every batch is written into the same memory: fresh pages cost more than what is copied."""
         self.fill()
-        parts, shape = rows.split(BATCH), (min(BATCH, len(rows)), *self.shape[1:])
+        shape = (min(BATCH, max(map(len, parts))), *self.shape[1:])
+        half = torch.empty(shape, dtype=torch.float16, device=self.device)
         whole = torch.empty(shape, device=self.device)
-        if self.resident is not None and bool((self.slot[rows] >= 0).all()):
-            half = torch.empty(shape, dtype=torch.float16, device=self.device)
-            slots = self.slot[rows].to(self.device).split(BATCH)
-            for part, slot in zip(parts, slots):
-                torch.index_select(self.resident, 0, slot, out=half[:len(part)])
-                yield part, whole[:len(part)].copy_(half[:len(part)])
-            return
-        for part, tokens in zip(parts, self.reads(parts)):
-            yield part, whole[:len(part)].copy_(tokens.to(self.device, non_blocking=True))
+        resident = self.resident is not None and bool((self.slot[torch.cat(parts)] >= 0).all())
+        for part, source in zip(parts, itertools.repeat(self.resident) if resident
+                                else self.reads(parts)):
+            source = source.to(self.device, non_blocking=True)
+            slots = self.slot[part] if resident else torch.arange(len(part))
+            slots = slots.to(self.device, non_blocking=True)
+
+            def take(places):
+                torch.index_select(source, 0, slots[places], out=half[:len(places)])
+                return whole[:len(places)].copy_(half[:len(places)])
+            yield part, take
 
     def reads(self, parts):
-        """Yield the tokens of each part from the file, good until the next; two are read ahead."""
-        places = [None] * 3  # CUDA: torch's pinned memory, which waits for copies on their way
+        """Yield the tokens of each part from the file, good until the next, which is read ahead."""
+        places = [None] * 2  # CUDA: torch's pinned memory, which waits for copies on their way
         if self.device == "cpu":
-            places = [self.buffer(len(parts[0])) for _ in places]
+            places = [self.buffer(max(map(len, parts))) for _ in places]
         with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-            jobs = []
-            for i in range(len(parts) + 2):
-                if i < len(parts):
-                    jobs.append(ahead.submit(self.read, parts[i], places[i % 3]))
-                if i >= 2:
-                    yield jobs.pop(0).result()
+            job = None
+            for i, part in enumerate(parts):
+                job, ready = ahead.submit(self.read, part, places[i % 2]), job
+                if ready:
+                    yield ready.result()
+            yield job.result()
+
+
+def chunks(store, parts):
+    """Store.chunks, or None for tokens where a head wants [cls] alone."""
+    return store.chunks(parts) if store else ((part, lambda places: None) for part in parts)
 
 
 def batches(store, rows):
-    """Yield (rows of a batch, its tokens), or None for tokens where a head wants [cls] alone."""
-    return store.batches(rows) if store else ((part, None) for part in rows.split(BATCH))
+    """Yield (rows of a batch, its tokens as above), in order."""
+    for chunk, take in chunks(store, rows.split(CHUNK)):
+        places = torch.arange(len(chunk), device=store.device if store else "cpu")
+        for part, at in zip(chunk.split(BATCH), places.split(BATCH)):
+            yield part, take(at)
 
 
 def mean_of_tokens(store, *groups):
     """In place of [cls]: (clips, D) float32, the mean of the tokens of the rows in groups."""
     out = torch.zeros(store.shape[0], store.shape[2])
     for rows in filter(len, groups):
-        for part, tokens in store.batches(rows):
+        for part, tokens in batches(store, rows):
             out[part] = tokens.mean(1).cpu()
     return out
 
@@ -563,42 +577,57 @@ def mean_of_tokens(store, *groups):
 # ---------------------------------------------------------------------------------------------
 # one run
 
-def train(head, store, cls, labels, rows, lr, decay, loss, seed, name=""):
+def train(heads, seeds, store, cls, labels, rows, lr, decay, loss, name=""):
     """EPOCHS passes of AdamW with a cosine to zero, no warm-up; the last state is the result.
 
-    Returns (loss per epoch, seconds per epoch). Raises Stop if the loss is not finite."""
-    plain, decayed = [], []
-    for name, p in head.named_parameters():
-        (decayed if name.endswith("weight") and p.ndim == 2 else plain).append(p)
-    device = labels.device
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": decay},
-                                   {"params": plain, "weight_decay": 0}], lr=lr, fused=True)
-    steps = EPOCHS * -(-len(rows) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    shuffle = torch.Generator().manual_seed(seed)
-    losses, seconds = [], []
-    head.train()
+    heads, one a seed, are trained in one pass, each as if alone: an epoch goes through random
+    chunks of clips, the same for all seeds, and each seed shuffles the clips of a chunk, so that
+    its order is as random as any. Returns (per head: loss per epoch, seconds per epoch of all).
+    Raises Stop if a loss is not finite."""
+    device, optimizers, schedules = labels.device, [], []
+    for head in heads:
+        plain, decayed = [], []
+        for key, p in head.named_parameters():
+            (decayed if key.endswith("weight") and p.ndim == 2 else plain).append(p)
+        optimizers.append(torch.optim.AdamW([{"params": decayed, "weight_decay": decay},
+                                             {"params": plain, "weight_decay": 0}],
+                                            lr=lr, fused=True))
+        schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizers[-1], EPOCHS * -(-len(rows) // BATCH)))
+        head.train()
+    draw = torch.Generator()  # its default seed is always the same
+    shuffles = [torch.Generator().manual_seed(seed) for seed in seeds]
+    parts = [[rows[some.sort().values] for some in  # sorted: as they lie in the file
+              torch.randperm(len(rows), generator=draw).split(CHUNK)] for _ in range(EPOCHS)]
+    stream = chunks(store, sum(parts, []))
+    losses, seconds = [[] for _ in heads], []
     for epoch in range(EPOCHS):
-        begin, total = time.time(), torch.zeros((), device=device)
-        order = rows[torch.randperm(len(rows), generator=shuffle)]
-        index = order.to(device).split(BATCH)
-        for (part, tokens), at in zip(batches(store, order), index):
-            value = LOSSES[loss](head(tokens, None if cls is None else cls[at]), labels[at])
-            objective = value + head.penalty() if hasattr(head, "penalty") else value
-            optimizer.zero_grad()
-            objective.backward()
-            optimizer.step()
-            schedule.step()
-            total += value.detach() * len(part)  # no .item() here: the GPU would wait every step
-        losses.append(total.item() / len(rows))
+        begin, total = time.time(), torch.zeros(len(heads), device=device)
+        for part, take in itertools.islice(stream, len(parts[epoch])):
+            part = part.to(device, non_blocking=True)
+            for k, head in enumerate(heads):
+                order = torch.randperm(len(part), generator=shuffles[k])
+                for places in order.to(device, non_blocking=True).split(BATCH):
+                    at = part[places]
+                    logits = head(take(places), None if cls is None else cls[at])
+                    value = LOSSES[loss](logits, labels[at])
+                    objective = value + head.penalty() if hasattr(head, "penalty") else value
+                    optimizers[k].zero_grad()
+                    objective.backward()
+                    optimizers[k].step()
+                    schedules[k].step()
+                    total[k] += value.detach() * len(places)  # .item() would wait for the GPU
+        for k, value in enumerate((total / len(rows)).tolist()):
+            losses[k].append(value)
+            if not np.isfinite(value):
+                raise Stop(f"the loss is {value} in epoch {epoch + 1}: the tokens hold numbers "
+                           f"that are not finite, or the learning rate {lr} is too high")
         seconds.append(time.time() - begin)
         if sys.stderr.isatty():
-            print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {losses[-1]:.5f}  "
+            print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {losses[0][-1]:.5f}  "
                   f"{seconds[-1]:.2f} s", end="   \r", file=sys.stderr)
-        if not np.isfinite(losses[-1]):
-            raise Stop(f"the loss is {losses[-1]} in epoch {epoch + 1}: the tokens hold numbers "
-                       f"that are not finite, or the learning rate {lr} is too high")
-    head.eval()
+    for head in heads:
+        head.eval()
     return losses, seconds
 
 
@@ -607,7 +636,7 @@ def centre(head, store, rows, seed):
     """Set score_mean to the mean score of each prototype over CENTRE random training clips."""
     total = torch.zeros_like(head.score_mean)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CENTRE]]
-    for _, tokens in store.batches(rows):
+    for _, tokens in batches(store, rows):
         scores = head.similarity(tokens)[0]
         total += (scores.relu() if head.kind == "proto" else scores).sum(0)
     head.score_mean.copy_(total / len(rows))
@@ -629,98 +658,114 @@ def is_there(folder, settings, evidence):
     return not evidence or os.path.exists(os.path.join(folder, "evidence.npy"))
 
 
-def run(pool, seed, dump, store, cls, labels, args, folder):
-    """Make one run, unless it is there or another process makes it: in a hidden folder, which gets
-    its name when all is in it."""
-    C = labels.shape[1]
-    settings = {"pool": pool, "seed": seed, "lr": default_lr(pool, dump["M"] * C)
-                if args.lr is None else args.lr,
-                "weight_decay": DECAY if args.decay is None else args.decay,
-                "loss": args.loss or ("asl" if dump["meta"]["task"] == "multi" else "ce"),
-                "epochs": EPOCHS, "batch": BATCH, "prototypes": dump["M"],
+def run(pool, seeds, dump, store, cls, labels, args, root):
+    """Make the runs of one head, in one pass, but for those that are there or that another process
+    makes: in hidden folders, which get their names when all is in them."""
+    settings = {"pool": pool, "lr": args.lr or default_lr(pool, dump["M"] * labels.shape[1]),
+                "weight_decay": args.decay, "loss": args.loss
+                or ("asl" if dump["meta"]["task"] == "multi" else "ce"), "epochs": EPOCHS,
+                "batch": BATCH, "chunk": CHUNK, "prototypes": dump["M"],
                 "split": "valid" if args.valid else "test", "dump": dump["meta"],
                 "tokens_md5": dump["tokens_md5"], "labels_md5": dump["labels_md5"]}
-    parent, name = os.path.split(folder)
-    lock, work, old = (os.path.join(parent, f".{name}.{end}") for end in ("lock", "new", "old"))
-    try:
-        held = alone(lock, f"{folder} is being made by another process, left alone")
-    except Stop as e:
-        print(e)
-        return
-    with held:
-        if os.path.exists(old) and not os.path.exists(folder):  # killed between the two renames
-            os.rename(old, folder)
-        if not args.overwrite and is_there(folder, settings, args.evidence):
-            print(f"{folder} is there already")
+    todo = {}  # seed: (folder, hidden folder, where an old run goes)
+    with contextlib.ExitStack() as held:
+        for seed in seeds:
+            folder = os.path.join(root, pool, f"seed{seed}")
+            lock, work, old = (os.path.join(root, pool, f".seed{seed}.{end}")
+                               for end in ("lock", "new", "old"))
+            try:
+                held.enter_context(alone(lock, f"{folder} is being made by another process, left "
+                                               f"alone"))
+            except Stop as e:
+                print(e)
+                continue
+            if os.path.exists(old) and not os.path.exists(folder):  # killed between two renames
+                os.rename(old, folder)
+            if not args.overwrite and is_there(folder, settings | {"seed": seed}, args.evidence):
+                print(f"{folder} is there already")
+                continue
+            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+            os.makedirs(work)
+            held.callback(shutil.rmtree, work, ignore_errors=True)
+            todo[seed] = folder, work, old
+        if not todo:
             return
-        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-        os.makedirs(work)
-        try:
-            info = train_and_test(settings, dump, store, cls, labels, args.evidence, work)
+        infos = train_and_test(settings, {seed: work for seed, (_, work, _) in todo.items()}, dump,
+                               store, cls, labels, args.evidence)
+        for info, (folder, work, old) in zip(infos, todo.values()):
             shutil.rmtree(old, ignore_errors=True)
             if os.path.exists(folder):
                 os.rename(folder, old)
             os.rename(work, folder)
             shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    print(f"{pool:>10}  seed {seed}  {info['parameters']:>10,} parameters  "
-          f"{info['seconds_per_epoch']:.2f} s/epoch  loss {info['loss_at_end']:.5f}  -> {folder}")
+            print(f"{pool:>10}  seed {info['seed']}  {info['parameters']:>10,} parameters  "
+                  f"{info['seconds_per_epoch']:.2f} s/epoch  loss {info['loss_at_end']:.5f}  -> "
+                  f"{folder}")
 
 
-def train_and_test(settings, dump, store, cls, labels, with_evidence, work):
-    """Train a head on every fold, test each clip once, write the files of the run into the folder
-    `work`; returns what run.json says. Raises Stop for tokens that are not finite."""
-    pool, seed = settings["pool"], settings["seed"]
+def train_and_test(settings, works, dump, store, cls, labels, with_evidence):
+    """Train a head on every fold with each seed of works {seed: folder}, test each clip once, write
+    the files of the runs into those folders; returns what each run.json says. Raises Stop for
+    tokens that are not finite."""
+    pool, seeds, folds = settings["pool"], list(works), dump["folds"]
     M, grid, device = dump["M"], dump["meta"]["grid"], labels.device
     C, (N, D) = labels.shape[1], dump["shape"][1:]
-    heads, tested, logits, losses, seconds, done = {}, [], [], {}, [], 0
-    if with_evidence:
-        clips = sum(len(test) for _, test in dump["folds"].values())
-        evidence = np.lib.format.open_memmap(os.path.join(work, "evidence.npy"), "w+",
-                                             np.float16, (clips, C, N))
+    clips = sum(len(test) for _, test in folds.values())
+    heads, losses = [{} for _ in seeds], [{} for _ in seeds]
+    logits, evidence = np.zeros((len(seeds), clips, C), np.float32), []
+    for work in works.values() if with_evidence else ():
+        evidence.append(np.lib.format.open_memmap(os.path.join(work, "evidence.npy"), "w+",
+                                                  np.float16, (clips, C, N)))
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and no crash later
-            with open(evidence.filename, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, os.path.getsize(evidence.filename))
+            with open(evidence[-1].filename, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(f.name))
     if store:
         store.fill()
-    begin = time.time()
+    begin, seconds, done = time.time(), [], 0
     peak_memory(device, reset=True)
-    for fold, (rows, test) in dump["folds"].items():
-        torch.manual_seed(seed)  # before the head: seeds draw the initialisation too
-        head = heads[fold] = make_head(pool, D, C, grid, M).to(device)
-        name = f"{pool} seed {seed}" + (f" fold {fold}" if len(dump["folds"]) > 1 else "")
-        losses[fold], took = train(head, store, cls, labels, rows, settings["lr"],
-                                   settings["weight_decay"], settings["loss"], seed, name)
+    for fold, (rows, test) in folds.items():
+        some = []
+        for seed in seeds:
+            torch.manual_seed(seed)  # before the head: seeds draw the initialisation too
+            some.append(make_head(pool, D, C, grid, M).to(device))
+        name = (f"{pool} seed {' '.join(map(str, seeds))}"
+                + (f" fold {fold}" if len(folds) > 1 else ""))
+        lost, took = train(some, seeds, store, cls, labels, rows, settings["lr"],
+                           settings["weight_decay"], settings["loss"], name)
         seconds += took
-        with torch.no_grad():
+        for k, head in enumerate(some):
+            heads[k][fold], losses[k][fold] = head, lost[k]
             if hasattr(head, "similarity"):
-                centre(head, store, rows, seed)
+                centre(head, store, rows, seeds[k])
+        with torch.no_grad():
             for part, tokens in batches(store, test):
-                z = None if cls is None else cls[part.to(device)]
-                logits.append(head(tokens, z).cpu().numpy())
-                if with_evidence:
-                    evidence[done:done + len(part)] = head.evidence(tokens, z).half().cpu()
+                z, at = None if cls is None else cls[part.to(device)], slice(done, done + len(part))
+                for k, head in enumerate(some):
+                    logits[k, at] = head(tokens, z).cpu().numpy()
+                    if with_evidence:
+                        evidence[k][at] = head.evidence(tokens, z).half().cpu()
                 done += len(part)
-        tested.append(test.numpy())
-    logits = np.concatenate(logits).astype(np.float32)
     if not np.isfinite(logits).all():
         raise Stop(f"{dump['folder']}: some tested clip has tokens that are not finite")
-    np.save(os.path.join(work, "logits.npy"), logits)
-    np.save(os.path.join(work, "rows.npy"), np.concatenate(tested).astype(np.int64))
-    save_head(os.path.join(work, "head.pt"), pool, D, C, grid, M, heads)
-    info = settings | {
-        "parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
-        "loss_at_end": losses[fold][-1], "seconds_per_epoch": sum(seconds) / len(seconds),
-        "seconds": time.time() - begin, "peak_memory_bytes": peak_memory(device),
-        "device": device_name(device), "wants": head.wants,
-        "cls": None if head.wants == "tokens" else dump["cls_is"],
-        "resident": bool(store) and store.resident is not None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__}}
-    with open(os.path.join(work, "run.json"), "w", encoding="utf-8") as f:
-        json.dump(info, f, indent=1)
-    return info
+    infos = []
+    for k, (seed, work) in enumerate(works.items()):
+        np.save(os.path.join(work, "logits.npy"), logits[k])
+        np.save(os.path.join(work, "rows.npy"),
+                torch.cat([test for _, test in folds.values()]).numpy())
+        save_head(os.path.join(work, "head.pt"), pool, D, C, grid, M, heads[k])
+        infos.append(settings | {
+            "seed": seed, "parameters": sum(p.numel() for p in head.parameters()),
+            "losses": losses[k], "loss_at_end": losses[k][fold][-1],
+            "seconds_per_epoch": sum(seconds) / len(seconds) / len(seeds),
+            "seconds": (time.time() - begin) / len(seeds), "seeds_in_one_pass": len(seeds),
+            "peak_memory_bytes": peak_memory(device), "device": device_name(device),
+            "wants": head.wants, "cls": None if head.wants == "tokens" else dump["cls_is"],
+            "resident": bool(store) and store.resident is not None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__}})
+        with open(os.path.join(work, "run.json"), "w", encoding="utf-8") as f:
+            json.dump(infos[k], f, indent=1)
+    return infos
 
 
 def alone(file, otherwise=None):
@@ -882,7 +927,8 @@ def main():
     parser.add_argument("--valid", action="store_true",
                         help="train on train, test on valid, write below runs_valid/")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: per head)")
-    parser.add_argument("--decay", type=float, help=f"weight decay (default {DECAY:g})")
+    parser.add_argument("--decay", type=float, default=DECAY,
+                        help=f"weight decay (default {DECAY:g})")
     parser.add_argument("--loss", choices=tuple(LOSSES),
                         help="default: asl for multi, ce for single")
     # how
@@ -902,8 +948,7 @@ def main():
         if args.evidence and not hasattr(HEADS[pool], "evidence"):
             raise Stop(f"{pool} has no evidence: its logits are not a sum over tokens; leave "
                        f"--evidence out")
-    if args.seeds < 1 or not (args.lr is None or args.lr > 0) \
-            or not (args.decay is None or args.decay >= 0):
+    if args.seeds < 1 or not (args.lr is None or args.lr > 0) or not args.decay >= 0:
         raise Stop("--seeds must be 1 or more, --lr more than 0, --decay 0 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Stop("torch finds no CUDA device here; leave --device out")
@@ -945,18 +990,19 @@ def main():
             dump["cls_is"] = "mean of tokens (no [cls])"
             print("this encoder has no [cls]: linear, mlp and linearc use the mean of the tokens")
         cls = cls.to(device)
-    failed = []
+    seeds, failed = range(args.seeds), []
+    # from the file: all seeds in one pass; from memory one by one, so that a stop costs one run
+    groups = [seeds] if store and not len(stay) else [[s] for s in seeds]
     for pool in pools:
-        head_wants = HEADS[pool].wants
-        for seed in range(args.seeds):
+        wants = HEADS[pool].wants
+        for group in groups:
             try:
-                run(pool, seed, dump, None if head_wants == "cls" else store,
-                    None if head_wants == "tokens" else cls, labels, args,
-                    os.path.join(root, pool, f"seed{seed}"))
+                run(pool, group, dump, None if wants == "cls" else store,
+                    None if wants == "tokens" else cls, labels, args, root)
             except (Stop, ValueError, RuntimeError) as e:
                 if type(e) is RuntimeError and "allocate memory" not in str(e):  # the CPU's way
                     raise
-                failed.append(f"{pool} seed {seed}: {str(e).splitlines()[0]}")
+                failed.append(f"{pool} seed {' '.join(map(str, group))}: {str(e).splitlines()[0]}")
                 break
     if failed:
         raise Stop("; ".join(failed))

@@ -5,7 +5,7 @@
     python tests/bench.py io          # training reads beside the disk's sequential rate
     python tests/bench.py evaluate    # intervals beside scikit-learn in a loop
     python tests/bench.py scale       # 20,000 clips, K = 5,270: s/epoch and memory
-    python tests/bench.py seeds       # five seeds in one pass over the data beside one by one
+    python tests/bench.py seeds       # five seeds in one pass over the file beside one by one
     python tests/bench.py costs       # no speed: the paper's grid, counted
     python tests/bench.py rates       # no speed: learning rates on planted tokens
 
@@ -219,38 +219,28 @@ def bench_probe(one=None):
                   f"faster with {peak[0] / m:.2f} of the memory")
 
 
-def bench_seeds(clips=1024, N=512, D=768, C=10, seeds=5):
-    """Five seeds of a head, one epoch: each by itself, as probe.py trains them, beside one pass in
-    which every batch goes to all five, who then have the order of the clips in common.
-
-    What one pass could save is fetching a batch and making it float32, so it matters where that is
-    slow beside the step: light heads, or tokens that do not fit into memory."""
+def bench_seeds(clips=4096, N=256, D=768, C=10, seeds=5):
+    """An epoch of five seeds of a head as probe.py trains them where the tokens do not fit into
+    memory, in one pass over the file, beside one pass each (the same numbers, see test_probe.py).
+    The file is dropped from the page cache before every pass."""
     import probe
+    probe.EPOCHS = 1
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = os.path.join(folder, "tokens.npy")
         block = np.random.default_rng(0).standard_normal((64, N, D)).astype(np.float16)
         np.save(file, np.tile(block, (clips // 64, 1, 1)))
-        labels, rows = (torch.rand(clips, C) < 0.1).float().to(DEVICE), torch.arange(clips)
-        for stay in (rows, rows[:0]):
-            store = probe.Store(file, stay, DEVICE)
-            for pool in ("mean", "mhca", "protobin"):
-                torch.manual_seed(0)
-                heads = [probe.make_head(pool, D, C, (64, 8)).to(DEVICE) for _ in range(seeds)]
-                steps = [torch.optim.AdamW(head.parameters(), fused=True) for head in heads]
-
-                def train(some):
-                    if not len(stay):
-                        drop_cache(file)
-                    for part, tokens in store.batches(rows[torch.randperm(clips)]):
-                        for k in some:
-                            steps[k].zero_grad()
-                            probe.asymmetric_loss(heads[k](tokens), labels[part]).backward()
-                            steps[k].step()
-                alone, shared = clock(lambda: [train([k]) for k in range(seeds)],
-                                      lambda: train(range(seeds)), rounds=3)
-                print(f"{pool:>8}, {'resident' if len(stay) else 'from the file'}: {seeds} seeds, "
-                      f"one epoch each: {alone:.2f} s one by one, {shared:.2f} s in one pass = "
-                      f"{alone / shared:.2f} x faster")
+        labels = (torch.rand(clips, C) < 0.1).float().to(DEVICE)
+        store = probe.Store(file, torch.arange(0), DEVICE)
+        for pool in ("mean", "mhca", "protobin"):
+            def train(some):
+                drop_cache(file)
+                heads = [probe.make_head(pool, D, C, (N // 8, 8)).to(DEVICE) for _ in some]
+                probe.train(heads, some, store, None, labels, torch.arange(clips), 1e-3, 1e-4,
+                            "asl")
+            alone, shared = clock(lambda: [train([k]) for k in range(seeds)],
+                                  lambda: train(range(seeds)), rounds=3)
+            print(f"{pool:>8}: {seeds} seeds, one epoch: {alone:.2f} s one by one, {shared:.2f} s "
+                  f"in one pass = {alone / shared:.2f} x faster")
 
 
 def drop_cache(file):
@@ -261,10 +251,11 @@ def drop_cache(file):
 
 
 def bench_io(clips=4000):
-    """Training batches (128 random clips of 786 kB) from a file that is not in the page cache. The
-    machine's limit: the same file from end to end by four threads, a quarter each. naive:
-    tokens[rows] of a memory-mapped array, one page fault after the other. The file is dropped from
-    the cache before every pass, which is how a file larger than the memory behaves."""
+    """Training reads (chunks of 1,024 random clips of 786 kB) from a file that is not in the page
+    cache. The machine's limit: the same file from end to end by four threads, a quarter each.
+    naive: tokens[rows] of a memory-mapped array, one page fault after the other. The file is
+    dropped from the cache before every pass, which is how a file larger than the memory behaves.
+    """
     import probe
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = os.path.join(folder, "tokens.npy")
@@ -275,7 +266,7 @@ def bench_io(clips=4000):
         array.flush()
         del array
         store = probe.Store(file, torch.arange(0), "cpu")
-        size, order = os.path.getsize(file), torch.randperm(clips).split(128)
+        size, order = os.path.getsize(file), torch.randperm(clips).split(probe.CHUNK)
 
         def part(i):
             with open(file, "rb", buffering=0) as f:
@@ -293,7 +284,7 @@ def bench_io(clips=4000):
 
         def naive():
             tokens = np.load(file, mmap_mode="r")
-            for rows in order:
+            for rows in torch.cat(order).split(128):
                 tokens[rows.numpy()]
         rates = {f: [] for f in (sequential, ours, naive)}
         for _ in range(3):
@@ -327,8 +318,8 @@ def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
             probe.peak_memory(labels.device, reset=True)
             torch.manual_seed(0)
             head = probe.Prototypes(D, C, M).to(DEVICE)
-            _, seconds = probe.train(head, store, None, labels, torch.arange(clips),
-                                     probe.default_lr("protobin", M * C), 1e-4, "asl", 0)
+            _, seconds = probe.train([head], [0], store, None, labels, torch.arange(clips),
+                                     probe.default_lr("protobin", M * C), 1e-4, "asl")
             peak = probe.peak_memory(labels.device)
             print(f"{clips:,} clips, N = {N}, K = {M * C:,}, "
                   f"{'resident' if store.resident is not None else 'from the file'}: "
@@ -376,7 +367,8 @@ def bench_costs():
     """The paper's grid, counted: 9 encoders (as ViT-B), 14 datasets, 11 heads, 5 seeds, 30 epochs.
     Multiplications of encoders and of heads in training, a head's backward counted as its forward
     (tokens get no gradient; prototype heads have none to speak of); no search of hyperparameters.
-    Read: once a dataset and encoder where the tokens stay in memory, else in every epoch."""
+    Read: once a dataset and encoder where the tokens stay in memory, else by every head once an
+    epoch, for all its seeds."""
     sets = {  # clips, of them trained on in an epoch, N, K: README's table
         "as20k": (35827, 18685, 512, 5270), "fsd50k": (51197, 40966, 512, 4000),
         "desed": (3438, 2746, 512, 200), "spass": (25000, 17500, 512, 660),
@@ -401,7 +393,7 @@ def bench_costs():
             clips, tokens = clips + here, tokens + here * N * D * 2
             encoder += here * 12 * (2 * (N + 1) * D * 12 * D + 4 * (N + 1) ** 2 * D)
             head += 5 * 30 * train * sum(pooled[h](N, K) for h in heads)
-            read += 5 * 30 * train * len(heads) * N * D * 2
+            read += 30 * train * len(heads) * N * D * 2
         print(f"{title}: {encoders} x {clips:,} clips, {encoders * tokens / 1e12:.2f} TB of "
               f"tokens, {encoders * encoder / 1e15:,.0f} PFLOP of encoder, "
               f"{encoders * head / 1e15:,.0f} PFLOP of heads; read {encoders * tokens / 1e12:.2f} "
@@ -436,11 +428,11 @@ def bench_rates(D=256, N=32, train=1000, clips=1400, sizes=(50, 200, 500)):
                            if "proto" in pool else usual):
                     torch.manual_seed(0)
                     head = probe.make_head(pool, D, C, (N // 4, 4), 20).to(DEVICE)
-                    probe.train(head, store, None, hot, torch.arange(train), lr, probe.DECAY,
-                                "asl", 0)
+                    probe.train([head], [0], store, None, hot, torch.arange(train), lr,
+                                probe.DECAY, "asl")
                     with torch.no_grad():
-                        logits = torch.cat([head(x).cpu() for _, x in store.batches(
-                            torch.arange(train, clips))])
+                        logits = torch.cat([head(x).cpu() for _, x in probe.batches(
+                            store, torch.arange(train, clips))])
                     scores[lr] = evaluate.metrics("multi", labels[train:],
                                                   logits.numpy())["macro mAP"]
                 print(f"{C:3} classes  {pool:>10}  default {probe.default_lr(pool, 20 * C):g}   "

@@ -23,7 +23,7 @@ def test_graphs_agree():
 @pytest.mark.parametrize("name,sizes,says", (
     ("io", dict(clips=50), r"training reads \d+\.\d\d GB/s = \d+%"),
     ("scale", dict(clips=256, N=8, D=32, C=20, M=2), r"K = 40, resident: \d+ s an epoch, peak 0\.\d"),
-    ("seeds", dict(clips=128, N=8, D=64, seeds=2), r"protobin, from the file: 2 seeds.* x faster"),
+    ("seeds", dict(clips=128, N=8, D=64, seeds=2), r"protobin: 2 seeds.* x faster"),
     ("costs", {}, r"the grid: 9 x 377,543 clips, 1\.49 TB")))
 def test_small_sizes(name, sizes, says, capsys, monkeypatch):
     import probe
