@@ -68,7 +68,7 @@ UNEVEN = 2000            # odd source rates have resampling kernels this many ti
 
 FRAME, HOP, FFT = 400, 160, 512      # samples: 25 ms, 10 ms, next power of two [official code]
 LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the log [official code]
-CHUNK = 1008                         # frames Dasheng encodes at once [official code]
+CHUNK = 1008                         # frames Dasheng encodes at once, 252 tokens [official code]
 STEP = 32      # frames an input length is rounded up to: gives the official 1024 (10 s),
                # 512 (5 s) and 128 (1 s); between those the choice is [ours]
 
@@ -1161,11 +1161,13 @@ class Encoder:
         padded = -(-frames // STEP) * STEP
         self.frames = {"amae": 1024, "eat": padded, "asit": padded}.get(self.family, frames)
         T = 64 if padded == 1024 else -(-frames // 16)
-        self.grid = (min(T, self.frames // 16), 8)                           # (T, F)
-        if self.grid[0] < 1 and self.family != "dasheng":
+        self.grid, self.token_seconds = (min(T, self.frames // 16), 8), 0.16  # (T, F), s
+        if self.family == "dasheng":
+            self.grid, self.token_seconds = ((1 + samples // HOP) // 4, 1), 0.04
+        if self.grid[0] < 1:
             raise Stop(f"clips of {seconds:g} s are {frames} frames, fewer than the 16 of one "
-                       f"token; raise the seconds in datasets.txt")
-        self.token_seconds, self.dim, self.cls, self.vit = 0.16, 256, False, None
+                       f"token (4 of Dasheng's); raise the seconds in datasets.txt")
+        self.dim, self.cls, self.vit = 256, False, None
         if self.family == "logmel":
             return
         where = file or model
@@ -1185,8 +1187,6 @@ class Encoder:
             scale = bn["weight"] / (bn["running_var"] + 1e-5).sqrt()
             self.scale, self.shift = scale.to(device), (bn["bias"] - bn["running_mean"] * scale
                                                         ).to(device)
-            total = 1 + samples // HOP
-            self.grid, self.token_seconds = (sum(n // 4 for n in self.chunks(total)), 1), 0.04
         norm = (self.family, model[-1]) != ("amae", "+")  # A-MAE+ ends in raw tokens
         self.vit = load_vit(state, self.family, norm, where).to(device)
         self.dim, self.cls = self.vit.blocks[0].norm1.weight.numel(), hasattr(self.vit, "cls")
@@ -1194,10 +1194,6 @@ class Encoder:
         if max(frames, self.frames) > limit:
             raise Stop(f"clips of {seconds:g} s are {frames} frames; {model} has positions for "
                        f"{limit} ({limit * HOP / RATE:.2f} s): lower the seconds in datasets.txt")
-
-    @staticmethod
-    def chunks(total):
-        return [min(CHUNK, total - i) for i in range(0, total, CHUNK)]
 
     def spectrogram(self, waves):
         """(B, samples) -> the network's input, normalised (B, frames, mels), fp32."""
@@ -1219,10 +1215,10 @@ class Encoder:
             return patches.transpose(2, 3).flatten(3).flatten(1, 2), None    # (B, T*8, 256)
         with torch.autocast(self.device, torch.float16, enabled=self.half):
             if self.family == "dasheng" and spec.shape[1] > CHUNK:
-                parts = [self.vit(F.pad(c, (0, 0, 0, CHUNK - c.shape[1])))[0][:, :c.shape[1] // 4]
-                         for c in spec.split(CHUNK, 1)]
-                return torch.cat(parts, 1), None
-            tokens, cls = self.vit(spec)
+                parts = [F.pad(x, (0, 0, 0, CHUNK - x.shape[1])) for x in spec.split(CHUNK, 1)]
+                tokens, cls = torch.cat([self.vit(x)[0] for x in parts], 1), None
+            else:
+                tokens, cls = self.vit(spec)
         return tokens[:, :self.grid[0] * self.grid[1]], cls
 
 

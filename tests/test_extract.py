@@ -368,6 +368,10 @@ def test_lengths():
 def test_too_short_for_a_token():
     with pytest.raises(extract.Stop, match="fewer than the 16"):
         extract.Encoder("logmel", None, 0.1)
+    torch.save(small("dasheng"), "w.pt")
+    with pytest.raises(extract.Stop, match="4 of Dasheng"):
+        extract.Encoder("dasheng", "w.pt", 0.028)
+    assert extract.Encoder("dasheng", "w.pt", 0.03)(torch.zeros(1, 480))[0].shape == (1, 1, 128)
 
 
 def test_dasheng_chunks_are_encoded_apart():
