@@ -1107,16 +1107,16 @@ def random_state(seed=0, D=768, depth=12):
     return out
 
 
-def find_checkpoint(model, file):
+def find_checkpoint(model, given):
     """(path or None, {source, sha256} or None): the given file, or the official one, fetched once
     into torch.hub's folder. Raises Stop."""
-    family, url, known, _, _ = MODELS[model]
+    _, url, known, _, _ = MODELS[model]
     if model in ("logmel", "random"):
-        if file:
+        if given:
             raise Stop(f"--model {model} has no weights; leave --checkpoint out")
         return None, None
-    by_hand = "download it by hand and name it with --checkpoint FILE"
-    if not file:
+    file, by_hand = given, "download it by hand and name it with --checkpoint FILE"
+    if not given:
         if not url:
             raise Stop(f"the weights of {model} have no address a script can fetch (the official "
                        f"repository links to a cloud drive); {by_hand}")
@@ -1127,18 +1127,16 @@ def find_checkpoint(model, file):
                 download(url, file, known, by_hand)
     elif not os.path.isfile(file):
         raise Stop(f"{file}: no such file; give --checkpoint the file you downloaded")
-    else:
-        url = file
     sha256 = file_digest(file)
     for other, (_, _, digest, _, _) in MODELS.items():
         if digest == sha256 and other != model:
             raise Stop(f"{file}: this is the official checkpoint of {other}; use --model {other}")
     if known and sha256 != known:
-        if url != file:
+        if not given:
             raise Stop(f"{file}: sha256 {sha256} is not the official {known}; delete it and run "
                        f"again")
         print(f"note: {file} is not the official file of {model} byte for byte", file=sys.stderr)
-    return file, {"source": url, "sha256": sha256}
+    return file, {"source": given or url, "sha256": sha256}
 
 
 class Encoder:
