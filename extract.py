@@ -534,7 +534,7 @@ def fetch_dataset(root, data):
             for url, md5 in data["urls"]]
     os.makedirs(parts, exist_ok=True)
     size = sum(stated_size(url) for url, _, _ in urls)
-    have = sum(os.path.getsize(os.path.join(parts, file)) for file in os.listdir(parts))
+    have = sum(entry.stat().st_size for entry in os.scandir(parts))
     print(f"{root} is not there; fetching {len(urls)} files into {parts} ({size / 1e9:,.2f} GB "
           f"stated)", file=sys.stderr)
     room(parts, 2 * size - have, f"{root} (its archives, and about as much unpacked)")
@@ -555,13 +555,11 @@ def fetch_dataset(root, data):
                 reason = str(e).partition("\n")[0]
                 raise Stop(f"{file}: not a whole archive ({reason}); run the same command again, "
                            f"or take {url}: {by_hand}")
-    except BaseException:
+        inside = os.listdir(new)
+        only = os.path.join(new, inside[0]) if len(inside) == 1 else ""
+        os.rename(only if os.path.isdir(only) else new, root)
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        raise
-    inside = os.listdir(new)
-    only = os.path.join(new, inside[0]) if len(inside) == 1 else ""
-    os.rename(only if os.path.isdir(only) else new, root)
-    shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(parts, ignore_errors=True)
 
 
