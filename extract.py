@@ -952,13 +952,13 @@ class ViT(torch.nn.Module):
 
 
 @functools.lru_cache(maxsize=2)
-def rel_bucket(L, device, buckets=320, far=800):
-    """(L, L) bucket of j - i: exact below 80, logarithmic up to 800 [official code: BEATs cfg]."""
+def rel_bucket(L, device):
+    """(L, L) bucket of j - i: 160 a sign, exact below 80, logarithmic up to 800 [official code:
+    BEATs cfg]."""
     r = torch.arange(L)[None, :] - torch.arange(L)[:, None]
-    half, a = buckets // 2, r.abs()
-    exact = half // 2
-    log = exact + (a.clamp(1) / exact).log().div(math.log(far / exact)).mul(half - exact).long()
-    return (torch.where(a < exact, a, log.clamp(max=half - 1)) + half * (r > 0)).to(device)
+    a = r.abs()
+    log = 80 + (a.clamp(1) / 80).log().div(math.log(800 / 80)).mul(80).long()
+    return (torch.where(a < 80, a, log.clamp(max=159)) + 160 * (r > 0)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1084,10 +1084,10 @@ def load_vit(state, family, norm, where):
     return vit.eval().requires_grad_(False)
 
 
-def random_state(seed=0, D=768, depth=12):
+def random_state():
     """EAT-base with seeded random weights, in common keys: what is left without pretraining [ours].
     Positions are EAT's fixed sin-cos rows (t * 8 + f), the first half of the columns for f."""
-    g = torch.Generator().manual_seed(seed)
+    D, g = 768, torch.Generator().manual_seed(0)
     rand = lambda *shape: 0.02 * torch.randn(shape, generator=g)  # noqa: E731
     wave = lambda p: torch.cat([torch.sin(p), torch.cos(p)], -1)  # noqa: E731
     omega = 10000 ** -(torch.arange(D // 4) / (D // 4))
@@ -1097,7 +1097,7 @@ def random_state(seed=0, D=768, depth=12):
     out = {"patch.weight": rand(D, 1, 16, 16), "patch.bias": torch.zeros(D), "cls": rand(D),
            "pos": F.pad(rows, (0, 0, 1, 0)), "norm.weight": torch.ones(D),
            "norm.bias": torch.zeros(D)}
-    for i in range(depth):
+    for i in range(12):
         for name, shape in {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D),
                             "mlp.fc2": (D, 4 * D), "norm1": (D,), "norm2": (D,)}.items():
             out[f"blocks.{i}.{name}.weight"] = rand(*shape) if len(shape) == 2 else torch.ones(D)
@@ -1218,16 +1218,16 @@ class Encoder:
         return tokens[:, :self.grid[0] * self.grid[1]], cls
 
 
-def resize_rows(pos, T, bands=8):
+def resize_rows(pos, T):
     """ASiT's learned positions for T time columns: the middle of the table, or bilinear between
     its rows where the clip is longer [AST's recipe, second hand]; row 0 is [cls]'s."""
-    table = pos[1:].T.reshape(1, pos.shape[1], -1, bands)                    # (1, D, T0, 8)
+    table = pos[1:].T.reshape(1, pos.shape[1], -1, 8)                        # (1, D, T0, 8)
     T0 = table.shape[2]
     if T <= T0:
         first = T0 // 2 - T // 2
         table = table[:, :, first:first + T]
     else:
-        table = F.interpolate(table, (T, bands), mode="bilinear", align_corners=False)
+        table = F.interpolate(table, (T, 8), mode="bilinear", align_corners=False)
     return torch.cat([pos[:1], table[0].flatten(1).T])
 
 
