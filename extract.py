@@ -218,20 +218,22 @@ def read_rows(root, rule):
     if not found:
         raise Stop(f"{rule['where']}: no file matches {os.path.join(root, pattern)}; put the "
                    f"dataset there as it unpacks, or correct the line")
+    headless = re.search(r"\{c\d", " ".join(rule.values()))
     for file in found:
         names = {"stem": os.path.splitext(os.path.basename(file))[0],
                  "folder": os.path.basename(os.path.dirname(file))}
         if "files" in rule:
-            yield names | {"path": os.path.relpath(file, root), "where": file}
+            rows = [{"path": os.path.relpath(file, root), "where": file}]
         elif file.endswith(".parquet"):
-            yield from read_parquet(file, rule, names)
+            rows = read_parquet(file, rule["sep"])
         else:
-            yield from read_table(file, rule, names)
+            rows = read_table(file, headless)
+        for row in rows:
+            yield names | row
 
 
-def read_table(file, rule, names):
+def read_table(file, headless=False):
     """Rows of a comma (.csv) or tab (other) separated table; lines that begin with # are out."""
-    headless = re.search(r"\{c\d", " ".join(rule.values()))
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         kept = [(number, line) for number, line in enumerate(lines, 1)
                 if line.strip() and not line.startswith("#")]
@@ -248,11 +250,11 @@ def read_table(file, rule, names):
         if len(values) != len(header):
             raise Stop(f"{where}: {len(values)} values for {len(header)} columns; put a value that "
                        f"has a comma in it in double quotes (and close them)")
-        yield names | dict(zip(header, values)) | {"where": where}
+        yield dict(zip(header, values)) | {"where": where}
 
 
-def read_parquet(file, rule, names):
-    """Rows of a parquet file; lists of labels are joined with the rule's sep, embedded audio
+def read_parquet(file, sep):
+    """Rows of a parquet file; lists of labels are joined with sep, embedded audio
     ({bytes, path}) is left in the file and named folder/file#row (it is decoded from memory)."""
     table = open_parquet(file)
     audio = [f.name for f in table.schema_arrow if str(f.type).startswith("struct<bytes")]
@@ -264,11 +266,11 @@ def read_parquet(file, rule, names):
         for i, row in enumerate(rows):
             for key, value in row.items():
                 if isinstance(value, list) and all(isinstance(v, (str, int)) for v in value):
-                    row[key] = rule["sep"].join(map(str, value))
+                    row[key] = sep.join(map(str, value))
                 elif value is None:
                     row[key] = ""
-            embedded = f"{names['folder']}/{os.path.basename(file)}#{number}"
-            yield (names | {"path": embedded} | row | dict.fromkeys(audio, embedded)
+            embedded = "/".join(file.split(os.sep)[-2:]) + f"#{number}"
+            yield ({"path": embedded} | row | dict.fromkeys(audio, embedded)
                    | {"embedded": (file, group, i, audio[0]) if audio else None,
                       "where": f"{file}: row {number}"})
             number += 1
@@ -395,7 +397,7 @@ def read_events(root):
         return []
     try:
         return [(os.path.normpath(row["path"]), float(row["onset"]), float(row["offset"]),
-                 row["label"]) for row in read_table(file, {}, {})]
+                 row["label"]) for row in read_table(file)]
     except (KeyError, ValueError) as e:
         raise Stop(f"{file}: {e}; its header is path,onset,offset,label, in seconds")
 
@@ -1550,8 +1552,7 @@ def main():
         if "names" in rule:
             table = os.path.join(root, rule["names"])
             try:
-                meta["names"] = {row["mid"]: row["display_name"]
-                                 for row in read_table(table, {}, {})}
+                meta["names"] = {row["mid"]: row["display_name"] for row in read_table(table)}
             except KeyError as e:
                 raise Stop(f"{table}: no column {e}; the header of names= is mid,display_name")
         if "shots" in rule:

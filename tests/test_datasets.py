@@ -128,7 +128,7 @@ def test_as20k():
     assert classes == sorted(["/m/09x0r", "/t/dd00088", "/m/0l14jd", "/m/only_here", "/m/03v3yw",
                               "/m/0k4j"]), "the classes of missing clips stay in the list"
     assert not events
-    names = extract.read_table("data/as20k/class_labels_indices.csv", {}, {})
+    names = extract.read_table("data/as20k/class_labels_indices.csv")
     assert {r["mid"]: r["display_name"] for r in names} == {
         "/m/09x0r": "Speech", "/m/05zppz": "Male speech, man speaking"}
 
