@@ -1503,16 +1503,16 @@ def main():
     if args.data not in sets:
         raise Stop(f"unknown dataset {args.data!r}; datasets.txt has {' '.join(sets)}")
     data, root = sets[args.data], os.path.join("data", args.data)
-    if args.device == "cpu" and args.precision == "fp16":
-        raise Stop("fp16 is slower than fp32 on a CPU; leave --precision out")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("torch finds no CUDA device here; leave --device out")
-    precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     if args.device == "cuda":
-        if int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-            raise Stop(f"there are {torch.cuda.device_count()} GPUs here; give torchrun "
-                       f"--nproc_per_node={torch.cuda.device_count()}")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if not torch.cuda.is_available():
+            raise Stop("torch finds no CUDA device here; leave --device out")
+        if local >= gpus:
+            raise Stop(f"there are {gpus} GPUs here; give torchrun --nproc_per_node={gpus}")
+        torch.cuda.set_device(local)
+    elif args.precision == "fp16":
+        raise Stop("fp16 is slower than fp32 on a CPU; leave --precision out")
+    precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     if rank > 0:
         barrier(world)  # rank 0 fetches and lays out what there is to fetch and lay out
     if not os.path.isdir(root):
@@ -1564,15 +1564,13 @@ def main():
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, "meta.json"))  # first: no dump from here on
             shutil.rmtree(folder)
-        begun = os.path.exists(os.path.join(folder, "meta.json"))
-        os.makedirs("tokens", exist_ok=True)
         size = len(clips) * (T * bands + encoder.cls) * encoder.dim * 2
         print(f"{args.model} on {args.data}: {len(clips):,} clips of {data['seconds']:g} s -> "
               f"{T} x {bands} tokens of {encoder.dim}, {size / 1e9:,.2f} GB in {folder} "
               f"({shutil.disk_usage('tokens').free / 1e9:,.0f} GB free)")
         print(f"{args.device}, {precision}, torch {torch.__version__}"
               + (f", weights {checkpoint['source']}" if checkpoint else ""))
-        if not begun:
+        if not os.path.exists(folder):
             room("tokens", size, f"the dump {folder}")
         meta = open_dump(folder, meta, clips, classes, events, encoder)
         if not meta["complete"]:
