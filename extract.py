@@ -1593,25 +1593,24 @@ def main():
 
 
 if __name__ == "__main__":
+    again = "run the same command again"
     try:
         main()
+        sys.exit()
     except Stop as e:
-        sys.exit(print(f"extract.py: {e}", file=sys.stderr) or 2)
+        message = str(e)
     except torch.OutOfMemoryError as e:
-        print(f"extract.py: {str(e).split('. ')[0]}; end what else runs on the GPU and run the "
-              f"same command again", file=sys.stderr)
-        sys.exit(2)
+        message = f"{str(e).split('. ')[0]}; end what else runs on the GPU and {again}"
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
-        print("extract.py: a process that reads audio was killed (is the memory full?); run the "
-              "same command again, nothing finished is lost", file=sys.stderr)
-        sys.exit(2)
+        message = (f"a process that reads audio was killed (is the memory full?); {again}, "
+                   f"nothing finished is lost")
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        print(f"extract.py: {e.filename or 'the dump'}: "
-              + ("no space left; make room" if full else f"{e.strerror or e}; mend that")
-              + " and run the same command again, nothing finished is lost", file=sys.stderr)
-        sys.exit(2)
+        mend = "no space left; make room" if full else f"{e.strerror or e}; mend that"
+        message = f"{e.filename or 'the dump'}: {mend} and {again}, nothing finished is lost"
     except KeyboardInterrupt:
         sys.exit(print("\nextract.py: stopped; the same command goes on", file=sys.stderr) or 130)
+    print(f"extract.py: {message}", file=sys.stderr)
+    sys.exit(2)
