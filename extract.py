@@ -1346,11 +1346,6 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     bar = Progress(sum(min(size, len(clips) - b * size) for b in todo), "clips")
     count, pending, synced = 0, [], time.time()
 
-    def bring(x):  # to the CPU; from CUDA the copy is under way until `ready`
-        if not x.is_cuda:
-            return x
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
     def save(block, halves, odd, ready, reasons):
         nonlocal pending, synced
         if ready:
@@ -1381,8 +1376,9 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
             bad |= reasons
             refuse_bad(bad, clips, most_bad)
             halves = [x.half() for x in encoder(waves) if x is not None]
-            odd = [bring(~x.isfinite().flatten(1).all(1)) for x in halves]
-            halves = list(map(bring, halves))
+            # from CUDA these go into pinned memory and are under way until `ready`
+            odd = [(~x.isfinite().flatten(1).all(1)).to("cpu", non_blocking=True) for x in halves]
+            halves = [x.to("cpu", non_blocking=True) for x in halves]
             ready = torch.cuda.current_stream().record_event() if encoder.device == "cuda" else None
             if job:
                 job.result()
