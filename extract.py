@@ -1254,15 +1254,15 @@ def open_dump(folder, meta, clips, classes, events, encoder):
         return old
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
-    shapes = {"tokens.npy": (len(clips), encoder.grid[0] * encoder.grid[1], encoder.dim),
-              "cls.npy": (len(clips), encoder.dim)}
+    shapes = {"tokens.npy": (len(clips), encoder.grid[0] * encoder.grid[1], encoder.dim)}
+    if encoder.cls:
+        shapes["cls.npy"] = len(clips), encoder.dim
     for name, shape in shapes.items():
-        if name == "tokens.npy" or encoder.cls:
-            path = os.path.join(new, name)
-            np.lib.format.open_memmap(path, "w+", np.float16, shape)
-            if hasattr(os, "posix_fallocate"):  # claim the room now, not in the middle of the night
-                with open(path, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+        path = os.path.join(new, name)
+        np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        if hasattr(os, "posix_fallocate"):  # claim the room now, not in the middle of the night
+            with open(path, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
     write_clips(new, clips, classes)
     with open(os.path.join(new, "classes.txt"), "w", encoding="utf-8") as f:
         f.writelines(c + "\n" for c in classes)
@@ -1424,7 +1424,7 @@ def finish_dump(folder, clips, classes, meta, most_bad):
         # from here on rows may have other places: fill_dump must not write again
         write_json(file, meta | {"removing": bad})
     good = [row for row in range(len(clips)) if row not in bad]
-    for name in ("tokens.npy", "cls.npy") if bad else ():
+    for name in ("tokens.npy", "cls.npy"):
         path = os.path.join(folder, name)
         if os.path.exists(path) and len(np.load(path, mmap_mode="r")) > len(good):
             old = np.load(path, mmap_mode="r")
