@@ -451,14 +451,15 @@ def print_report(data, clips, missing, unreadable, classes):
     print(f"{'split':>12} {'clips':>8} {'missing':>8} {'unreadable':>11} {'labels/clip':>12} "
           f"{'prevalence':>11}")
     splits = list(dict.fromkeys([c["split"] for c in clips] + list(missing)))
+    tested = set()
     for split in splits:
         rows = [i for i, c in enumerate(clips) if c["split"] == split]
         good = [clips[i] for i in rows if i not in unreadable]
         labels = sum(len(c["labels"]) for c in good) / max(1, len(good))
         print(f"{split:>12} {len(good):8,} {len(missing.get(split, [])):8,} "
               f"{len(rows) - len(good):11,} {labels:12.2f} {labels / len(classes):11.1%}")
-    tested = set().union(*(c["labels"] for i, c in enumerate(clips) if i not in unreadable
-                           and c["split"] == ("test" if "test" in splits else c["split"])))
+        if split == "test" or "test" not in splits:
+            tested.update(*(c["labels"] for c in good))
     print(f"{len(classes)} classes found, {data['classes']} declared; {len(tested)} have a "
           f"positive among the tested clips")
 
@@ -480,8 +481,8 @@ def download(url, file, digest, by_hand):
             total = have + int(reply.headers.get("Content-Length") or 0)
             room(os.path.dirname(file), total - have, f"the download of {os.path.basename(file)}")
             with open(part, "ab" if have else "wb") as f:
-                bar, step = Progress(total / 1e6, "MB", have / 1e6), 1 << 20
-                while block := reply.read(step):
+                bar = Progress(total / 1e6, "MB", have / 1e6)
+                while block := reply.read(1 << 20):
                     f.write(block)
                     bar.show(f.tell() / 1e6)
                 bar.close()
@@ -643,7 +644,7 @@ class Progress:
     def __init__(self, total, unit, done=0):
         self.total, self.unit, self.first = total, unit, done
         self.begin = self.shown = time.time()
-        self.every, self.ends = (0.5, "\r\n") if sys.stderr.isatty() else (60, "\n")
+        self.every, self.end = (0.5, "\r") if sys.stderr.isatty() else (60, "\n")
 
     def show(self, done):
         now = time.time()
@@ -651,11 +652,11 @@ class Progress:
             rate = (done - self.first) / (now - self.begin)
             left = round(max(0, self.total - done) / max(rate, 1e-9))
             print(f"{done:,.0f} / {self.total:,.0f} {self.unit}  {rate:,.1f} {self.unit}/s  "
-                  f"{datetime.timedelta(seconds=left)} left   ", end=self.ends[0], file=sys.stderr)
+                  f"{datetime.timedelta(seconds=left)} left   ", end=self.end, file=sys.stderr)
             self.shown = now
 
     def close(self):
-        if self.shown != self.begin and self.ends[0] == "\r":
+        if self.shown != self.begin and self.end == "\r":
             print(file=sys.stderr)
 
 
@@ -712,7 +713,7 @@ def soundscape(rng):
 def event(name, t, rng):
     """One sound of class `name` at the times t (s)."""
     pitch = 300 * 2 ** rng.uniform(0, 3.5)                     # 300-3400 Hz
-    tone = lambda hz: np.sin(2 * np.pi * np.cumsum(hz) / RATE)  # noqa: E731
+    tone = lambda hz: np.sin(2 * np.pi * np.cumsum(hz + 0 * t) / RATE)  # noqa: E731
     noise = rng.standard_normal(len(t))
     if name in ("up", "down"):      # two octaves in 0.3-0.6 s, again and again
         ramp = t / rng.uniform(0.3, 0.6) % 1
@@ -722,12 +723,12 @@ def event(name, t, rng):
     if name == "warble":            # fast swing over a third
         return tone(pitch * 2 ** (0.17 * np.sin(2 * np.pi * t * rng.uniform(8, 14))))
     if name == "beeps":             # a tone, on and off
-        return tone(pitch + 0 * t) * (t * rng.uniform(4, 8) % 1 < 0.5)
+        return tone(pitch) * (t * rng.uniform(4, 8) % 1 < 0.5)
     if name == "tremolo":           # a rough tone
-        return tone(pitch + 0 * t) * (1 + np.sin(2 * np.pi * t * rng.uniform(25, 45)))
+        return tone(pitch) * (1 + np.sin(2 * np.pi * t * rng.uniform(25, 45)))
     if name == "bell":              # inharmonic partials that ring off
         ring = np.exp(-(t % 0.5) * rng.uniform(6, 12))
-        return ring * sum(tone(pitch * p + 0 * t) for p in (1, 1.52, 2.13, 2.76))
+        return ring * sum(tone(pitch * p) for p in (1, 1.52, 2.13, 2.76))
     if name == "buzz":              # all harmonics of a low voice
         return 2 * (t * rng.uniform(90, 220) % 1) - 1
     if name == "clicks":            # short impulses, irregular
@@ -768,10 +769,11 @@ def read_wave(source, start, seconds):
         file, group, row, column = source
         source = io.BytesIO(row_group(file, group, column)[row].as_py()["bytes"])
     with soundfile.SoundFile(source) as f:
-        if f.frames <= round(start * f.samplerate):
-            raise ValueError(f"it ends at {f.frames / f.samplerate:.2f} s, before its start")
-        f.seek(round(start * f.samplerate))
-        rate, rest = f.samplerate, f.frames - round(start * f.samplerate)
+        rate, first = f.samplerate, round(start * f.samplerate)
+        rest = f.frames - first
+        if rest <= 0:
+            raise ValueError(f"it ends at {f.frames / rate:.2f} s, before its start")
+        f.seek(first)
         wave = f.read(math.ceil(seconds * rate), dtype="float32", always_2d=True)
     if len(wave) < min(rest, seconds * rate) - 0.1 * rate or not len(wave):
         raise ValueError(f"only {len(wave) / rate:.2f} s of it could be decoded")
@@ -812,12 +814,12 @@ class Blocks(torch.utils.data.Dataset):
 # waveform -> spectrogram (time-major), batched, on any device
 
 @functools.lru_cache(maxsize=8)
-def mel_filters(bins, low, high, kind, device):
-    """(FFT // 2 + 1, bins) triangles. kaldi: slopes linear in mel, the Nyquist bin is left out;
-    htk: slopes linear in Hz [official code: torchaudio]."""
+def mel_filters(bins, low, kind, device):
+    """(FFT // 2 + 1, bins) triangles from low Hz to RATE / 2. kaldi: slopes linear in mel,
+    the Nyquist bin is left out; htk: slopes linear in Hz [official code: torchaudio]."""
     hz = torch.arange(FFT // 2 + 1, dtype=torch.float64) * RATE / FFT
     mel = lambda f: 1127 * torch.log1p(torch.as_tensor(f, dtype=torch.float64) / 700)  # noqa: E731
-    edges = torch.linspace(mel(low), mel(high), bins + 2, dtype=torch.float64)
+    edges = torch.linspace(mel(low), mel(RATE / 2), bins + 2, dtype=torch.float64)
     x = mel(hz)[:, None]
     if kind == "htk":
         edges, x = 700 * torch.expm1(edges / 1127), hz[:, None]
@@ -837,7 +839,7 @@ def kaldi_fbank(waves, povey=False):
     window = torch.hann_window(FRAME, periodic=False, device=waves.device)
     frames = (frames - 0.97 * before) * (window ** 0.85 if povey else window)
     power = torch.view_as_real(torch.fft.rfft(frames, FFT)).square().sum(-1)  # (B, T, 257)
-    return (power @ mel_filters(128, 20, RATE / 2, "kaldi", waves.device)).clamp(LOG_FLOOR).log()
+    return (power @ mel_filters(128, 20, "kaldi", waves.device)).clamp(LOG_FLOOR).log()
 
 
 def decibel_mel(waves):
@@ -847,7 +849,7 @@ def decibel_mel(waves):
     window = torch.hann_window(FFT, device=waves.device)
     power = torch.stft(waves, FFT, HOP, window=window, center=True, pad_mode="reflect",
                        return_complex=True).abs().square().transpose(1, 2)   # (B, T, 257)
-    mel = power @ mel_filters(64, 0, RATE / 2, "htk", waves.device)
+    mel = power @ mel_filters(64, 0, "htk", waves.device)
     mel = 10 * mel.clamp(1e-10).log10()
     return torch.maximum(mel, mel.amax((1, 2), keepdim=True) - 120)
 
