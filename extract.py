@@ -770,12 +770,11 @@ def read_wave(source, start, seconds):
         source = io.BytesIO(row_group(file, group, column)[row].as_py()["bytes"])
     with soundfile.SoundFile(source) as f:
         rate, first = f.samplerate, round(start * f.samplerate)
-        rest = f.frames - first
-        if rest <= 0:
+        if f.frames <= first:
             raise ValueError(f"it ends at {f.frames / rate:.2f} s, before its start")
         f.seek(first)
         wave = f.read(math.ceil(seconds * rate), dtype="float32", always_2d=True)
-    if len(wave) < min(rest, seconds * rate) - 0.1 * rate or not len(wave):
+    if len(wave) < min(f.frames - first, seconds * rate) - 0.1 * rate or not len(wave):
         raise ValueError(f"only {len(wave) / rate:.2f} s of it could be decoded")
     if rate // math.gcd(rate, RATE) > UNEVEN:
         raise ValueError(f"a sample rate of {rate} Hz; resample it to {RATE}")
@@ -794,9 +793,6 @@ class Blocks(torch.utils.data.Dataset):
 
     def __init__(self, clips, seconds, size):
         self.clips, self.seconds, self.size = clips, seconds, size
-
-    def __len__(self):
-        return -(-len(self.clips) // self.size)
 
     def __getitem__(self, block):
         rows = range(block * self.size, min((block + 1) * self.size, len(self.clips)))
@@ -995,7 +991,7 @@ def read_checkpoint(file):
     try:
         with open(file, "rb") as f:
             head = f.read(9)
-            if len(head) == 9 and head[8:] == b"{":                          # safetensors
+            if head[8:] == b"{":                                             # safetensors
                 size = int.from_bytes(head[:8], "little")
                 f.seek(8)
                 layout = json.loads(f.read(size))
@@ -1019,12 +1015,10 @@ def read_checkpoint(file):
         reason = " ".join(str(e).split())[:160]
         raise Stop(f"{file}: not a whole checkpoint of plain tensors ({reason}); delete it and "
                    f"fetch it again")
-    for key in ("model", "teacher", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
     if not isinstance(state, dict):
         raise Stop(f"{file}: holds a {type(state).__name__}, not a dict of tensors")
+    inner = [state[k] for k in ("model", "teacher", "state_dict") if isinstance(state.get(k), dict)]
+    state = inner[0] if inner else state
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}   # drops e.g. _ema
 
 
@@ -1325,9 +1319,8 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     A block is recorded once its rows are on disk. Raises Stop for a clip whose tokens overflow
     float16, and when more than most_bad clips are unreadable."""
     size = meta["block"]
-    blocks = Blocks(clips, meta["seconds"], size)
     done, bad = read_progress(folder), {}
-    todo = [b for b in range(len(blocks)) if b % world == rank and b not in done]
+    todo = [b for b in range(rank, -(-len(clips) // size), world) if b not in done]
     arrays = {}
     for name in ("tokens.npy", "cls.npy") if encoder.cls else ("tokens.npy",):
         view = np.load(os.path.join(folder, name), mmap_mode="r")
@@ -1342,9 +1335,9 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
         if not workers and rank == 0:
             print("/dev/shm is too small for worker processes (docker run --shm-size=2g): audio is "
                   "read in between")
-    loader = torch.utils.data.DataLoader(blocks, batch_size=None, sampler=todo,
-                                         num_workers=workers if todo else 0,
-                                         pin_memory=encoder.device == "cuda")
+    loader = torch.utils.data.DataLoader(
+        Blocks(clips, meta["seconds"], size), batch_size=None, sampler=todo,
+        num_workers=workers if todo else 0, pin_memory=encoder.device == "cuda")
     bar = Progress(sum(min(size, len(clips) - b * size) for b in todo), "clips")
     count, pending, synced = 0, [], time.time()
 
