@@ -953,12 +953,11 @@ class ViT(torch.nn.Module):
 
 @functools.lru_cache(maxsize=2)
 def rel_bucket(L, device):
-    """(L, L) bucket of j - i: 160 a sign, exact below 80, logarithmic up to 800 [official code:
-    BEATs cfg]."""
+    """(L, L) bucket of j - i: exact below 80, logarithmic up to 800 [official code: BEATs cfg]."""
     r = torch.arange(L)[None, :] - torch.arange(L)[:, None]
     a = r.abs()
     log = 80 + (a.clamp(1) / 80).log().div(math.log(800 / 80)).mul(80).long()
-    return (torch.where(a < 80, a, log.clamp(max=159)) + 160 * (r > 0)).to(device)
+    return (torch.where(a < 80, a, log.clamp(max=159)) + 160 * (r > 0)).to(device)  # 160 a sign
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1173,14 +1172,13 @@ class Encoder:
             raise Stop(f"{where}: not the checkpoint of this encoder, a tensor has another shape "
                        f"({' '.join(str(e).split())[:80]}); check --model and --checkpoint")
         if self.family == "dasheng":
-            bn = {k: state.pop(f"bn.{k}", None) for k in ("weight", "bias", "running_mean",
-                                                          "running_var")}
-            if None in bn.values():
+            names = "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"
+            if not set(names) <= set(state):
                 raise Stop(f"{where}: not the checkpoint of this encoder, no init_bn in it; check "
                            f"--model and --checkpoint")
-            scale = bn["weight"] / (bn["running_var"] + 1e-5).sqrt()
-            self.scale, self.shift = scale.to(device), (bn["bias"] - bn["running_mean"] * scale
-                                                        ).to(device)
+            weight, bias, mean, var = (state.pop(name) for name in names)            # (64,) each
+            scale = weight / (var + 1e-5).sqrt()
+            self.scale, self.shift = scale.to(device), (bias - mean * scale).to(device)
         norm = (self.family, model[-1]) != ("amae", "+")  # A-MAE+ ends in raw tokens
         self.vit = load_vit(state, self.family, norm, where).to(device)
         self.dim, self.cls = self.vit.blocks[0].norm1.weight.numel(), hasattr(self.vit, "cls")
