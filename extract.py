@@ -530,7 +530,8 @@ def fetch_dataset(root, data):
     """Download and unpack the url= archives of a dataset; root appears when everything is in it.
 
     One folder at the top of the archives is left out. Raises Stop for archives that are not whole,
-    point outside their folder or declare more than MAX_UNPACK times their size."""
+    have a password or a compression that Python lacks, point outside their folder or declare more
+    than MAX_UNPACK times their size."""
     parts, new = root + ".download", root + ".unpacking"
     by_hand = f"download it by hand and unpack it into {root}/"
     urls = [(url, md5, os.path.join(parts, os.path.basename(url.split("?")[0])))
@@ -558,6 +559,8 @@ def fetch_dataset(root, data):
                 reason = str(e).partition("\n")[0]
                 raise Stop(f"{file}: not a whole archive ({reason}); run the same command again, "
                            f"or take {url}: {by_hand}")
+            except RuntimeError as e:
+                raise Stop(f"{file}: Python cannot unpack it ({e}); unpack it by hand into {root}/")
         inside = os.listdir(new)
         only = os.path.join(new, inside[0]) if len(inside) == 1 else ""
         os.rename(only if os.path.isdir(only) else new, root)

@@ -1025,6 +1025,16 @@ def test_archives_that_are_not_whole(site, name, body):
     assert fetch(site, b_zip=zip_of(TREE)) == TREE
 
 
+def test_a_compression_that_python_lacks(site):
+    """Deflate64, as Windows writes it above 2 GB; the archive is kept, since it may be whole."""
+    body = bytearray(zip_of({"a.wav": bytes(5000)}))
+    struct.pack_into("<H", body, 8, 9)
+    struct.pack_into("<H", body, body.rindex(b"PK\1\2") + 10, 9)
+    with pytest.raises(Stop, match="a.zip: Python cannot unpack it .*by hand into data/one/"):
+        fetch(site, a_zip=bytes(body))
+    assert os.listdir("data") == ["one.download"] and os.listdir("data/one.download") == ["a.zip"]
+
+
 def test_a_dataset_from_address_to_clips(site):
     top = "ESC-50-5983fb0c35e751b452e7c562d9207f27b76ddf0d/"
     site.files["5983fb0.zip"] = zip_of({
