@@ -426,6 +426,8 @@ def find_audio(root, wanted, embedded):
     if embedded:
         return wanted, embedded
     stem, ending = os.path.splitext(wanted)
+    if ending[1:].isdigit():  # "id_30.000_40.000" has no ending
+        stem = wanted
     for name in [wanted] + [stem + e for e in AUDIO if e != ending]:
         if name.startswith("**/"):  # anywhere below the folder, by base name
             name, *others = files_by_name(root).get(os.path.basename(name), [""])

@@ -611,6 +611,12 @@ def test_missing_files_are_counted_and_other_endings_tried(capsys):
                                 "clips")
 
 
+def test_numbers_at_the_end_of_a_name_are_no_ending():
+    clips, missing, _, _ = read_one("path,split,labels\nid_30.0_40.000,train,x\nb.2,test,x\n",
+                                    "one multi 1 1", ["id_30.0_40.000.flac", "b.wav"])
+    assert [c["path"] for c in clips] == ["id_30.0_40.000.flac"] and missing == {"test": ["b.2"]}
+
+
 def test_names_looked_for_in_all_folders():
     put("one/table.csv", "name,split,labels\na.wav,train,x\nb.wav,test,x\n")
     for path in ("one/shard 1/a.wav", "one/shard 2/deep/b.ogg"):
