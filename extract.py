@@ -1244,9 +1244,12 @@ def open_dump(folder, meta, clips, classes, events, encoder):
             old = json.load(open(file, encoding="utf-8"))
         except (OSError, ValueError):
             raise Stop(f"{file} is not there or not whole; --overwrite discards the folder")
+        free = ["versions", "done", "complete", "block"]
+        if old.get("checkpoint") and meta["checkpoint"] \
+                and old["checkpoint"]["sha256"] == meta["checkpoint"]["sha256"]:
+            free.append("checkpoint")  # the same weights, wherever they lie
         differ = [f"{key} was {json.dumps(old.get(key))} and would be {json.dumps(meta[key])}"
-                  for key in meta if old.get(key) != meta[key]
-                  and key not in ("versions", "done", "complete", "block")]
+                  for key in meta if key not in free and old.get(key) != meta[key]]
         if differ:
             raise Stop(f"{folder} was made with other settings, --overwrite starts anew: "
                        + "; ".join(differ))
