@@ -681,10 +681,11 @@ def run(pool, seeds, dump, store, cls, labels, args, root):
                 continue
             if os.path.exists(old) and not os.path.exists(folder):  # killed between two renames
                 os.rename(old, folder)
+            for rest in (old, work):  # of a process that was killed
+                shutil.rmtree(rest, ignore_errors=True)
             if not args.overwrite and is_there(folder, settings | {"seed": seed}, args.evidence):
                 print(f"{folder} is there already")
                 continue
-            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
             os.makedirs(work)
             held.callback(shutil.rmtree, work, ignore_errors=True)
             todo[seed] = folder, work, old
@@ -693,7 +694,6 @@ def run(pool, seeds, dump, store, cls, labels, args, root):
         infos = train_and_test(settings, {seed: work for seed, (_, work, _) in todo.items()}, dump,
                                store, cls, labels, args.evidence)
         for info, (folder, work, old) in zip(infos, todo.values()):
-            shutil.rmtree(old, ignore_errors=True)
             if os.path.exists(folder):
                 os.rename(folder, old)
             os.rename(work, folder)

@@ -634,6 +634,18 @@ def test_overwriting_loses_nothing_when_killed(moment, monkeypatch):
     assert np.array_equal(before, np.load(runs("mean") / "logits.npy"))
 
 
+def test_what_a_killed_overwriting_left_goes_with_the_next_start():
+    """Also where the run is there and nothing is made."""
+    tokens, labels = planted(clips=40)
+    write_dump("tokens/d/m", tokens, labels, ["train"] * 30 + ["test"] * 10)
+    assert script("probe.py", "--pool", "mean", "--seeds", 1).returncode == 0
+    for end in ("new", "old"):
+        shutil.copytree(runs("mean"), runs("mean").with_name(f".seed0.{end}"))
+    again = script("probe.py", "--pool", "mean", "--seeds", 1)
+    assert again.returncode == 0 and "is there already" in again.stdout, again.stderr
+    assert {p.name for p in runs("mean").parent.iterdir()} == {"seed0", ".seed0.lock"}
+
+
 # ---------------------------------------------------------------------------------------------
 # bad input
 
