@@ -620,8 +620,9 @@ def train(heads, seeds, store, cls, labels, rows, lr, decay, loss, name=""):
         for k, value in enumerate((total / len(rows)).tolist()):
             losses[k].append(value)
             if not np.isfinite(value):
-                raise Stop(f"the loss is {value} in epoch {epoch + 1}: the tokens hold numbers "
-                           f"that are not finite, or the learning rate {lr} is too high")
+                raise Stop(f"seed {seeds[k]}'s loss is {value} in epoch {epoch + 1}: the tokens "
+                           f"hold numbers that are not finite, or the learning rate {lr} is too "
+                           f"high")
         seconds.append(time.time() - begin)
         if sys.stderr.isatty():
             print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {losses[0][-1]:.5f}  "

@@ -444,6 +444,17 @@ def test_seeds_in_one_pass_equal_seeds_one_by_one(pool, monkeypatch):
     assert a != b and set(a[:64]) == set(b[:64]) != set(range(64))  # the chunk is shared
 
 
+def test_the_seed_whose_loss_is_not_finite_is_named():
+    tokens, labels = planted(clips=40)
+    folder = write_dump("tokens/d/m", tokens, labels, ["train"] * 40)
+    store = probe.Store(folder / "tokens.npy", torch.arange(0), "cpu")
+    heads = [probe.Mean(32, 4) for _ in range(3)]
+    heads[1].linear.bias.data[0] = math.nan
+    with pytest.raises(probe.Stop, match="seed 7's loss is nan in epoch 1"):
+        probe.train(heads, [5, 7, 9], store, None, torch.from_numpy(labels).float(),
+                    torch.arange(40), 0.01, 0, "asl")
+
+
 def runs(pool="protobin", seed=0, root="runs"):
     return pathlib.Path(root, "d", "m", pool, f"seed{seed}")
 
