@@ -489,17 +489,14 @@ class Store:
         except RuntimeError:  # of which torch.OutOfMemoryError is one
             print("no memory for resident tokens: they are read from the file in every epoch")
             return
-        for i in range(0, len(rows), BATCH):
-            resident[i:i + BATCH] = self.read(rows[i:i + BATCH])
+        for i, tokens in zip(range(0, len(rows), BATCH), self.reads(rows.split(BATCH))):
+            resident[i:i + BATCH] = tokens
         self.slot[rows], self.resident = torch.arange(len(rows)), resident
 
-    def buffer(self, clips):
-        return torch.empty((clips, *self.shape[1:]), dtype=torch.float16,
-                           pin_memory=self.device == "cuda")
-
-    def read(self, rows, out=None):
-        """(len(rows), N, D) float16 on the CPU, in the order asked for, read in the file's."""
-        out = self.buffer(len(rows)) if out is None else out[:len(rows)]
+    def read(self, rows, out):
+        """The tokens of rows, in the order asked for, read in the file's, into the first of out
+        (clips, N, D) float16 on the CPU; returns these."""
+        out = out[:len(rows)]
         view = memoryview(out.numpy()).cast("B")
 
         def fetch(items):
@@ -529,7 +526,7 @@ class Store:
         resident = self.resident is not None and bool((self.slot[torch.cat(parts)] >= 0).all())
         for part, source in zip(parts, itertools.repeat(self.resident) if resident
                                 else self.reads(parts)):
-            source = source.to(self.device, non_blocking=True)
+            source = source.to(self.device)  # waits: the next but one is read into its memory
             slots = self.slot[part] if resident else torch.arange(len(part))
             slots = slots.to(self.device, non_blocking=True)
 
@@ -540,13 +537,13 @@ class Store:
 
     def reads(self, parts):
         """Yield the tokens of each part from the file, good until the next, which is read ahead."""
-        places = [None] * 2  # CUDA: torch's pinned memory, which waits for copies on their way
-        if self.device == "cpu":
-            places = [self.buffer(max(map(len, parts))) for _ in places]
+        shape = (max(map(len, parts)), *self.shape[1:])
+        outs = [torch.empty(shape, dtype=torch.float16, pin_memory=self.device == "cuda")
+                for _ in range(2)]
         with concurrent.futures.ThreadPoolExecutor(1) as ahead:
             job = None
-            for i, part in enumerate(parts):
-                job, ready = ahead.submit(self.read, part, places[i % 2]), job
+            for part, out in zip(parts, itertools.cycle(outs)):
+                job, ready = ahead.submit(self.read, part, out), job
                 if ready:
                     yield ready.result()
             yield job.result()

@@ -717,7 +717,7 @@ def test_a_file_that_ends_early_is_named():
     store = probe.Store(folder / "tokens.npy", torch.arange(0), "cpu")
     os.truncate(folder / "tokens.npy", 3000)
     with pytest.raises(OSError, match="ends early"):
-        store.read(torch.arange(40))
+        next(store.reads([torch.arange(40)]))
 
 
 def test_too_little_memory_for_resident_tokens_is_no_error(monkeypatch, capsys):
