@@ -391,9 +391,8 @@ class Prototypes(torch.nn.Module):
     def evidence(self, tokens, cls=None):
         """The token that won prototype k is credited with W_ck (s_k - its training mean)."""
         scores, places = self.similarity(tokens)
-        scores = scores.relu() if self.kind == "proto" else scores
         if self.kind == "proto":
-            dense = torch.block_diag(*self.weight.relu()).T                  # (K, C)
+            scores, dense = scores.relu(), torch.block_diag(*self.weight.relu()).T  # (K, C)
         else:
             dense = self.linear.weight.T
         out = tokens.new_zeros(*tokens.shape[:2], dense.shape[1])            # (B, N, C)
