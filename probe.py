@@ -590,7 +590,6 @@ def train(heads, seeds, store, cls, labels, rows, lr, decay, loss, name=""):
                                             lr=lr, fused=True))
         schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizers[-1], EPOCHS * -(-len(rows) // BATCH)))
-        head.train()
     draw = torch.Generator()  # its default seed is always the same
     shuffles = [torch.Generator().manual_seed(seed) for seed in seeds]
     parts = [[rows[some.sort().values] for some in  # sorted: as they lie in the file
@@ -623,8 +622,6 @@ def train(heads, seeds, store, cls, labels, rows, lr, decay, loss, name=""):
         if sys.stderr.isatty():
             print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {losses[0][-1]:.5f}  "
                   f"{seconds[-1]:.2f} s", end="   \r", file=sys.stderr)
-    for head in heads:
-        head.eval()
     return losses, seconds
 
 
@@ -731,7 +728,7 @@ def train_and_test(settings, works, dump, store, cls, labels, with_evidence):
                            settings["weight_decay"], settings["loss"], name)
         seconds += took
         for k, head in enumerate(some):
-            heads[k][fold], losses[k][fold] = head, lost[k]
+            heads[k][fold], losses[k][fold] = head.eval(), lost[k]
             if hasattr(head, "similarity"):
                 centre(head, store, rows, seeds[k])
         with torch.no_grad():
