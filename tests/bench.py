@@ -252,7 +252,7 @@ def drop_cache(file):
 
 def bench_io(clips=4000):
     """Training reads (chunks of 1,024 random clips of 786 kB) from a file that is not in the page
-    cache. The machine's limit: the same file from end to end by four threads, a quarter each.
+    cache. Beside them: the same file from end to end by four threads, a quarter each.
     naive: tokens[rows] of a memory-mapped array, one page fault after the other. The file is
     dropped from the cache before every pass, which is how a file larger than the memory behaves.
     """
