@@ -615,9 +615,8 @@ def train(heads, seeds, store, cls, labels, rows, lr, decay, loss, name=""):
         for k, value in enumerate((total / len(rows)).tolist()):
             losses[k].append(value)
             if not np.isfinite(value):
-                raise Stop(f"seed {seeds[k]}'s loss is {value} in epoch {epoch + 1}: the tokens "
-                           f"hold numbers that are not finite, or the learning rate {lr} is too "
-                           f"high")
+                raise Stop(f"the loss is {value} in epoch {epoch + 1}: the tokens hold numbers "
+                           f"that are not finite, or the learning rate {lr} is too high")
         seconds.append(time.time() - begin)
         if sys.stderr.isatty():
             print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {losses[0][-1]:.5f}  "
@@ -988,16 +987,19 @@ def main():
     # from the file: all seeds in one pass; from memory one by one, so that a stop costs one run
     groups = [seeds] if store and not len(stay) else [[s] for s in seeds]
     for pool in pools:
-        wants = HEADS[pool].wants
-        for group in groups:
+        wants, left = HEADS[pool].wants, groups[:]
+        while left:
+            group = left.pop(0)
             try:
                 run(pool, group, dump, None if wants == "cls" else store,
                     None if wants == "tokens" else cls, labels, args, root)
             except (Stop, ValueError, RuntimeError) as e:
                 if type(e) is RuntimeError and "allocate memory" not in str(e):  # the CPU's way
                     raise
-                failed.append(f"{pool} seed {' '.join(map(str, group))}: {str(e).splitlines()[0]}")
-                break
+                if len(group) == 1:
+                    failed.append(f"{pool} seed {group[0]}: {str(e).splitlines()[0]}")
+                    break
+                left = [[seed] for seed in group]  # the others need not fail with one of them
     if failed:
         raise Stop("; ".join(failed))
 
