@@ -365,14 +365,18 @@ def read_clips(root, data, seed=0):
                 a, b = map(int, ratio.groups())  # by hash of the name, the same on every machine
                 point = int(hashlib.md5(wanted.encode()).hexdigest()[:8], 16) / 2**32
                 split = "train" if point * (a + b) < a else "test"
-            split = SPLITS.get(split.lower(), split)
+            written, split = split, SPLITS.get(split.lower(), split)
             if path is None:
                 missing[split][wanted, start] = None
                 continue
             clip = clips.setdefault((path, start), {
                 "path": path, "start": start, "split": split, "labels": set(), "source": source,
-                "where": row["where"]})  # a clip met again keeps its first split
+                "where": row["where"], "written": set(), "others": set()})
             clip["labels"] |= labels
+            if split == clip["split"]:
+                clip["written"].add(written)
+            else:  # a clip met again keeps its first split
+                clip["others"].add(split)
             if strong and times[1]:
                 events += [(path, *strong, label) for label in sorted(labels)]
     clips = list(clips.values())
@@ -383,8 +387,13 @@ def read_clips(root, data, seed=0):
             raise Stop(f"{clip['where']}: {clip['path']} has {len(clip['labels'])} labels "
                        f"({'; '.join(sorted(clip['labels']))}); a 'single' dataset needs exactly "
                        f"one a clip: correct the table, or call the task 'multi'")
+    named = {clip["split"] for clip in clips} & set(SPLITS.values())
+    for clip in clips:
+        if named and clip["split"] not in named:
+            raise Stop(f"{clip['where']}: the split {clip['split']!r}, where others are "
+                       f"{' '.join(sorted(named))}; splits are train, valid and test, or all folds")
     if len(classes) != data["classes"]:
-        shown = " ".join(sorted(classes)[:12]) + (" ..." if len(classes) > 12 else "")
+        shown = ", ".join(sorted(classes)[:12]) + (" ..." if len(classes) > 12 else "")
         raise Stop(f"{data['rules'][0]['where']}: {data['classes']} classes declared, "
                    f"{len(classes)} found ({shown}); correct the count or the table")
     return clips, {k: [w for w, _ in v] for k, v in missing.items()}, sorted(classes), events
@@ -407,17 +416,20 @@ def fill(rule, key, row):
     try:
         return rule[key].format_map(row)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
-        columns = " ".join(k for k in row if k not in ("where", "embedded", "dir", "parts"))
+        ours = "where", "embedded", "dir", "parts", "stem", "folder"
+        columns = [k for k in row if k not in ours and (k, row[k]) != ("start", 0)]
         raise Stop(f"{row['where']}: cannot fill in {key}={rule[key]} ({e}), the columns here are "
-                   f"{columns}; correct {rule['where']} or the header")
+                   f"{' '.join(columns)}; correct the header of that table or {rule['where']}"
+                   + ("; commas separate columns in a .csv, tabs elsewhere" * (len(columns) == 1)))
 
 
 def read_labels(rule, row):
     new = dict(pair.split(":") for pair in rule["map"].split(",")) if "map" in rule else {}
     labels = {new.get(x, x) for x in map(str.strip, fill(rule, "labels", row).split(rule["sep"]))}
-    if any(re.search("[;\n\r]", x) for x in labels):
+    if any(re.search("[;\n\r\ufffd]", x) for x in labels):
         raise Stop(f"{row['where']}: a class name has ';' or a line break in it, which separate "
-                   f"names in clips.csv and classes.txt; rename it, correct sep=, or close quotes")
+                   f"names in clips.csv and classes.txt, or is not UTF-8; rename it, correct sep=, "
+                   f"close quotes, or save the table as UTF-8")
     return labels - {""}
 
 
@@ -457,13 +469,22 @@ def print_report(data, clips, missing, unreadable, classes):
     for split in splits:
         rows = [i for i, c in enumerate(clips) if c["split"] == split]
         good = [clips[i] for i in rows if i not in unreadable]
+        written = set().union(*(c["written"] for c in good))
         labels = sum(len(c["labels"]) for c in good) / max(1, len(good))
         print(f"{split:>12} {len(good):8,} {len(missing.get(split, [])):8,} "
-              f"{len(rows) - len(good):11,} {labels:12.2f} {labels / len(classes):11.1%}")
+              f"{len(rows) - len(good):11,} {labels:12.2f} {labels / len(classes):11.1%}"
+              + "".join(f"  ({name})" for name in sorted(written - {split})))
         if split == "test" or "test" not in splits:
             tested.update(*(c["labels"] for c in good))
     print(f"{len(classes)} classes found, {data['classes']} declared; {len(tested)} have a "
           f"positive among the tested clips")
+    several = [c for c in clips if c["others"]]
+    for first in several[:1]:
+        print(f"{len(several)} clips are listed in several splits and count in the first alone, as "
+              f"{first['path']} in {first['split']} and not {' '.join(sorted(first['others']))}")
+    absent = [path for paths in missing.values() for path in paths]
+    if absent:
+        print(f"missing: {', '.join(absent[:3])}" + ", ..." * (len(absent) > 3))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -541,8 +562,8 @@ def fetch_dataset(root, data):
     os.makedirs(parts, exist_ok=True)
     size = sum(stated_size(url) for url, _, _ in urls)
     have = sum(entry.stat().st_size for entry in os.scandir(parts))
-    print(f"{root} is not there; fetching {len(urls)} files into {parts} ({size / 1e9:,.2f} GB "
-          f"stated)", file=sys.stderr)
+    print(f"{root} is not there; fetching {len(urls)} files into {parts} "
+          + (f"({size / 1e9:,.2f} GB stated)" if size else "(size not stated)"), file=sys.stderr)
     room(parts, 2 * size - have, f"{root} (its archives, and about as much unpacked)")
     for url, md5, file in urls:
         if not os.path.exists(file):
@@ -765,8 +786,14 @@ def row_group(file, group, column):
 
 
 def read_wave(source, start, seconds):
-    """float32 (seconds * RATE,): mean of channels, resampled, cropped or zero-padded at the end.
-    The padding is of the wave [ours]; most encoders' own code pads the log-mel with 0 instead.
+    """float32 (seconds * RATE,): read_audio, zero-padded at the end. The padding is of the wave
+    [ours]; most encoders' own code pads the log-mel with 0 instead."""
+    wave = read_audio(source, start, seconds)
+    return F.pad(wave, (0, round(seconds * RATE) - len(wave)))
+
+
+def read_audio(source, start, seconds):
+    """float32 (seconds * RATE,) at most: mean of channels, resampled, cropped at the end.
 
     source: a path, or (parquet file, row group, row, column). Raises ValueError or soundfile's
     own errors for what cannot be used."""
@@ -787,28 +814,28 @@ def read_wave(source, start, seconds):
     wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # mean(1) takes 7 times as long
     if not wave.sum().isfinite():
         raise ValueError("samples that are not numbers (NaN or infinite)")
-    wave = wave if rate == RATE else resampler(rate)(wave)
-    size = round(seconds * RATE)
-    return F.pad(wave[:size], (0, max(0, size - len(wave))))
+    return (wave if rate == RATE else resampler(rate)(wave))[:round(seconds * RATE)]
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Item k = (waves (B, samples), bad {row: reason}) of rows k*B ... k*B+B-1. A clip that cannot
-    be read is silence here, so that its neighbours see the same batch with or without it."""
+    """Item k = (waves (B, samples), bad {row: reason}, lengths in samples) of rows k*B ... k*B+B-1.
+    A clip that cannot be read is silence here, so that its neighbours see the same batch with or
+    without it."""
 
     def __init__(self, clips, seconds, size):
         self.clips, self.seconds, self.size = clips, seconds, size
 
     def __getitem__(self, block):
         rows = range(block * self.size, min((block + 1) * self.size, len(self.clips)))
-        waves, bad = torch.zeros(len(rows), round(self.seconds * RATE)), {}
+        waves, bad, lengths = torch.zeros(len(rows), round(self.seconds * RATE)), {}, []
         for i, row in enumerate(rows):
             try:
-                waves[i] = read_wave(self.clips[row]["source"], self.clips[row]["start"],
-                                     self.seconds)
+                wave = read_audio(self.clips[row]["source"], self.clips[row]["start"], self.seconds)
+                waves[i, :len(wave)] = wave
+                lengths.append(len(wave))
             except (ValueError, RuntimeError, OSError, EOFError, TypeError) as e:
                 bad[row] = " ".join(str(e).split()) or type(e).__name__
-        return waves, bad
+        return waves, bad, lengths
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1016,9 +1043,8 @@ def read_checkpoint(file):
         with torch.serialization.safe_globals([argparse.Namespace, *paths]):
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # every reader has its own errors for the same two causes
-        reason = " ".join(str(e).split())[:160]
-        raise Stop(f"{file}: not a whole checkpoint of plain tensors ({reason}); delete it and "
-                   f"fetch it again")
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}".split(". ")[0][:160]
+        raise Stop(f"{file}: not a whole checkpoint of plain tensors ({reason}); fetch it again")
     if not isinstance(state, dict):
         raise Stop(f"{file}: holds a {type(state).__name__}, not a dict of tensors")
     inner = [state[k] for k in ("model", "teacher", "state_dict") if isinstance(state.get(k), dict)]
@@ -1325,7 +1351,9 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
     A block is recorded once its rows are on disk. Raises Stop for a clip whose tokens overflow
     float16, and when more than most_bad clips are unreadable."""
     size = meta["block"]
-    done, bad = read_progress(folder), {}
+    done, bad, filled = read_progress(folder), {}, []
+    if done and rank == 0:
+        print(f"going on: {len(done):,} blocks of {size} clips are done")
     todo = [b for b in range(rank, -(-len(clips) // size), world) if b not in done]
     arrays = {}
     for name in ("tokens.npy", "cls.npy") if encoder.cls else ("tokens.npy",):
@@ -1373,8 +1401,9 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
             concurrent.futures.ThreadPoolExecutor(1) as writer:
         record.write("\n")  # ends a line that was cut short
         job = None  # the block before is written while this one is encoded
-        for block, (waves, reasons) in zip(todo, loader):
+        for block, (waves, reasons, lengths) in zip(todo, loader):
             bad |= reasons
+            filled += [n / waves.shape[1] for n in lengths]
             refuse_bad(bad, clips, most_bad)
             halves = [x.half() for x in encoder(waves) if x is not None]
             # from CUDA these go into pinned memory and are under way until `ready`
@@ -1389,6 +1418,11 @@ def fill_dump(folder, encoder, clips, meta, rank, world, most_bad):
         if job:
             job.result()
     bar.close()
+    short = sum(share < 0.99 for share in filled)
+    if short and rank == 0:
+        print(f"{short:,} of {len(filled):,} clips read are shorter than {meta['seconds']:g} s: "
+              f"{1 - sum(filled) / len(filled):.0%} of what was encoded is silence behind them; "
+              f"heads can see where it begins, so choose the seconds in datasets.txt to fit")
 
 
 def refuse_bad(bad, clips, most_bad):
@@ -1576,7 +1610,10 @@ def main():
     else:  # what this rank sees (clips, weights, precision) is what rank 0 saw, or it stops
         meta = open_dump(folder, meta, clips, classes, events, encoder)
     if meta["complete"]:
-        print(f"{folder} is complete, nothing to do")
+        left_out = len(meta.get("unreadable", []))
+        print(f"{folder} is complete, nothing to do"
+              + f" ({left_out} unreadable clips are left out; --overwrite tries them again)"
+              * (left_out > 0))
         return
     if "removing" not in meta:
         fill_dump(folder, encoder, clips, meta, rank, world, most_bad)

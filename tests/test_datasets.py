@@ -168,7 +168,7 @@ def test_as20k_as_parquet():
     assert short(clips) == {"-a": ("train", "/m/1;/m/2"), "b": ("train", "/m/1"),
                             "c": ("test", "/m/3")}
     assert not missing
-    waves, bad = extract.Blocks(clips, 0.2, 8)[0]
+    waves, bad, _ = extract.Blocks(clips, 0.2, 8)[0]
     assert waves.shape == (3, 3200) and not bad
     assert waves[:, 200:1400].sub(0.5).abs().max() < 0.05 and waves[:, 1700:].abs().max() == 0
 
@@ -526,6 +526,11 @@ def read_one(manifest, line="one multi 1 2", audio=("a.wav", "b.wav"), name="man
      ["manifest.csv:11", "line break", "close quotes"]),
     ("file,split,labels\na.wav,train,x\n", "one multi 1 2",
      ["manifest.csv:2", "'path'", "file split labels", "datasets.txt:1"]),
+    ("path;split;labels\na.wav;train;x\n", "one multi 1 2",
+     ["manifest.csv:2", "the columns here are path;split;labels;", "commas separate columns"]),
+    (b"path,split,labels\na.wav,train,h\xfcndin\n", "one multi 1 1", ["manifest.csv:2", "UTF-8"]),
+    ("path,split,labels\na.wav,train,x\nb.wav,tst,y\n", "one multi 1 2",
+     ["manifest.csv:3", "'tst'", "others are train"]),
     ("path,split,labels\na.wav,train,x\n", "one multi 1 2 labels={parts[5]}",
      ["manifest.csv:2", "labels={parts[5]}"]),
     ("path,split,labels\na.wav,train,x\n", "one multi 1 2 labels={labels", ["labels={labels"]),
@@ -541,7 +546,7 @@ def read_one(manifest, line="one multi 1 2", audio=("a.wav", "b.wav"), name="man
     ("path,split,labels\na.wav,train,\nb.wav,test,x\n", "one single 1 1",
      ["manifest.csv:2", "a.wav has 0 labels"]),
     ("path,split,labels\na.wav,train,x\nb.wav,test,y\n", "one multi 1 3",
-     ["datasets.txt:1", "3 classes declared, 2 found (x y)"]),
+     ["datasets.txt:1", "3 classes declared, 2 found (x, y)"]),
     ('path,split,labels\na.wav,train,"x;y,z"\n', "one multi 1 2 sep=,", ["manifest.csv:2", "';'"]),
     ("path,split,labels\n", "one multi 1 2", ["no row"]),
     ("", "one multi 1 2 table=other/*.csv", ["datasets.txt:1", "other/*.csv"]),
@@ -573,13 +578,16 @@ def test_rows_of_one_clip_add_up_and_its_first_split_stays():
                       ("a.wav", 0.25, 0.75, "y")]
 
 
-def test_spellings_of_splits():
-    rows = ["training", "dev", "Val", "validate", "validation", "eval", "Test", "fold1"]
+def test_spellings_of_splits(capsys):
+    rows = ["training", "dev", "Val", "validate", "validation", "eval", "Test"]
     names = [f"{r}.wav" for r in rows]
     clips, _, _, _ = read_one("path,split,labels\n" + "".join(
         f"{n},{r},x\n" for n, r in zip(names, rows)), "one multi 1 1", names)
     assert [c["split"] for c in clips] == ["train", "train", "valid", "valid", "valid", "test",
-                                           "test", "fold1"]
+                                           "test"]
+    extract.print_report({"classes": 1}, clips, {}, {}, ["x"])
+    split, dev, *_ = capsys.readouterr().out.splitlines()
+    assert dev.split()[:2] == ["train", "2"] and dev.endswith("(dev)  (training)")
 
 
 def test_split_by_hash_does_not_depend_on_the_disk():
@@ -657,12 +665,12 @@ def test_embedded_audio():
         "data/train-0.parquet#4": ("train", ""),
         "data/test-0.parquet#0": ("test", "cat, wild;dog")}
     blocks = extract.Blocks(clips, 0.1, 4)
-    waves, bad = blocks[0]
-    assert list(bad) == [3] and waves[3].abs().max() == 0  # a cut file, silent and named
+    waves, bad, lengths = blocks[0]
+    assert lengths == [1600] * 3 and list(bad) == [3] and waves[3].abs().max() == 0  # a cut file, silent and named
     for i in (0, 1):
         assert waves[i].sub((i + 1) / 10).abs().max() < 1e-3
     assert waves[2].mean().sub(0.3).abs() < 0.05  # ogg is lossy
-    waves, bad = blocks[1]
+    waves, bad, _ = blocks[1]
     assert not bad and waves[0].sub(0.5).abs().max() < 1e-3 and waves[1].sub(0.1).abs().max() < 1e-3
 
 

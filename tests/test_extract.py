@@ -687,15 +687,30 @@ def test_bad_files_are_skipped_counted_and_named():
     wave = extract.read_wave("data/mine/audio/9.wav", 0, 1)
     want = extract.Encoder("logmel", None, 1)(wave[None])[0][0].half().numpy()
     assert np.abs(tokens[clips.index("audio/9.wav")] - want).max() < 2e-3
+    assert "2 unreadable clips are left out" in run().stdout
     # more than 1 %: stop, nothing lost, --allow-bad goes on
     soundfile.write("data/mine/audio/11.wav", np.array([np.nan] * 16000), 16000, subtype="FLOAT")
     os.remove("data/mine/audio/12.wav")
     refused(run("--overwrite"), "unreadable", "--allow-bad")
-    assert run("--allow-bad").returncode == 0
+    done = run("--allow-bad")
+    assert done.returncode == 0 and "missing: audio/12.wav\n" in done.stdout, done.stdout
     assert len(np.load("tokens/mine/logmel/tokens.npy")) == 296
     for i in range(20, 30):
         os.remove(f"data/mine/audio/{i}.wav")
     refused(run("--overwrite"), "missing", "--allow-bad")
+
+
+def test_padding_and_clips_of_several_splits_are_told():
+    folder_of_clips(clips=40)
+    for i in (3, 4):
+        soundfile.write(f"data/mine/audio/{i}.wav", np.full(16000 // 4, 0.1), 16000)
+    with open("data/mine/manifest.csv", "a") as f:
+        f.write("audio/0.wav,train,b\naudio/1.wav,train,b\n")  # clip 0 is in test
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "2 of 40 clips read are shorter than 1 s: 4% of what was encoded" in done.stdout
+    assert "1 clips are listed in several splits" in done.stdout
+    assert "audio/0.wav in test and not train" in done.stdout
 
 
 def test_mended_files_are_tried_again_and_a_line_cut_short_is_no_harm():
