@@ -237,6 +237,9 @@ def read_dump(folder, split="test"):
         classes = open(os.path.join(folder, "classes.txt"), encoding="utf-8").read().splitlines()
         task, paths = meta["task"], np.array([clip["path"] for clip in clips])
         splits = "\n".join(str(clip["split"]) for clip in clips).encode()
+        files = [os.path.join(folder, name) for name in ("tokens.npy", "cls.npy")]
+        arrays = [np.load(file, mmap_mode="r") for file in files if os.path.exists(file)]
+        some = b"".join(a[i].tobytes() for a in arrays for i in (0, len(a) // 2, -1))
     except (OSError, ValueError, EOFError, KeyError) as e:
         raise ValueError(f"its dump {folder} cannot be read ({e})")
     if labels.shape != (len(clips), len(classes)):
@@ -250,6 +253,7 @@ def read_dump(folder, split="test"):
     name = {"data": data + (" (valid)" if split == "valid" else ""), "model": model}
     return {"folder": folder, "name": name, "audio": os.path.join("data", data), "task": task,
             "labels_md5": hashlib.md5(np.ascontiguousarray(labels).tobytes() + splits).hexdigest(),
+            "tokens_md5": os.path.exists(files[0]) and hashlib.md5(some).hexdigest(),
             "meta": meta, "metric": metric, "labels": labels > 0, "clips": clips, "paths": paths,
             "classes": classes,
             "heads": collections.defaultdict(list)}
@@ -269,6 +273,8 @@ def read_run(folder, dump):
         raise ValueError(f"run.json or rows.npy ({rows.dtype}) is not what probe.py writes")
     if info.get("labels_md5", dump["labels_md5"]) != dump["labels_md5"]:
         raise ValueError("the dump's labels or splits are others now; probe again")
+    if dump["tokens_md5"] and info.get("tokens_md5", dump["tokens_md5"]) != dump["tokens_md5"]:
+        raise ValueError("the dump's tokens are others now; probe again")
     for key in ("clips", "checkpoint", "precision"):
         if info.get("dump", {}).get(key) != dump["meta"].get(key):
             raise ValueError(f"the dump has been made anew since, with other {key}; probe again")
@@ -287,11 +293,13 @@ def read_run(folder, dump):
 
 def read_runs(root, *wanted):
     """[dumps], each with heads {pool: [runs]} and labels, clips, paths of the tested clips only;
-    wanted: data, model, pool, or None for all. What cannot be scored is named on stderr."""
+    wanted: data, model, pools, each names with commas between, or None for all. What cannot be
+    scored is named on stderr."""
     dumps = {}
-    names = [glob.escape(name) if name else "*" for name in wanted]
-    for folder in sorted(glob.glob(os.path.join(glob.escape(root), *names, "seed*"))):
-        data, model, pool = folder.split(os.sep)[-4:-1]
+    for folder in sorted(glob.glob(os.path.join(glob.escape(root), "*", "*", "*", "seed*"))):
+        data, model, pool = names = folder.split(os.sep)[-4:-1]
+        if any(some and name not in some.split(",") for name, some in zip(names, wanted)):
+            continue
         try:
             key = data, model, split_of(folder)  # chosen settings and results never mix
             if key not in dumps:
@@ -431,7 +439,7 @@ def localise_table(dumps):
                     "segment mAP": np.mean([pooled_mAP(segments, inside @ s) for s in scores])})
     if not rows:
         raise Stop("no run has both evidence.npy and known onsets (events.csv in its dump); make "
-                   "one with python probe.py --pool protobin,mean --evidence")
+                   "one of such a dataset: python probe.py --data demo --pool protobin --evidence")
     return rows
 
 
@@ -554,8 +562,9 @@ def show_clip(dumps, clip, pool):
     there = [(dump, run) for dump in dumps
              for run in with_evidence(dump["heads"].get(pool, []))[:1]]
     if not there:
-        raise Stop(f"no run of {pool} has evidence.npy; make it with python probe.py --pool {pool} "
-                   f"--evidence")
+        data, model = dumps[0]["folder"].split(os.sep)[-2:]
+        raise Stop(f"no run of {pool} has evidence.npy; make it with python probe.py --data {data} "
+                   f"--model {model} --pool {pool} --evidence (linear, mlp and linearc have none)")
     try:
         import matplotlib
         matplotlib.use("Agg")  # a file is all we want, there may be no screen
@@ -563,13 +572,14 @@ def show_clip(dumps, clip, pool):
         from matplotlib import mlab, pyplot as plt
     except ImportError as e:
         raise Stop(f"--show needs one more package: pip install {e.name}")
-    dump, run = max(there, key=lambda pair: os.path.getmtime(pair[1]["folder"]))
-    found = [i for i, row in enumerate(dump["rows"])
+    found = [(dump, run, i) for dump, run in there for i, row in enumerate(dump["rows"])
              if clip in (str(row), dump["clips"][i]["path"])]
     if not found:
-        raise Stop(f"{run['folder']} has no tested clip {clip!r}; its rows lie between "
-                   f"{dump['rows'][0]} and {dump['rows'][-1]}")
-    i, (T, F), (step, seconds) = found[0], dump["meta"]["grid"], times(dump)
+        rows = [f"{run['folder']} (rows {dump['rows'][0]} to {dump['rows'][-1]})"
+                for dump, run in there]
+        raise Stop(f"no tested clip {clip!r} in {', '.join(rows)}; name one of these")
+    dump, run, i = max(found, key=lambda one: os.path.getmtime(one[1]["folder"]))
+    (T, F), (step, seconds) = dump["meta"]["grid"], times(dump)
     clip, logits, labels = dump["clips"][i], run["logits"][i], dump["labels"][i]
     evidence = read_evidence(run, dump)[run["order"][i]].astype(np.float32)  # (C, T, F)
     events, names = read_events(dump)[i], [name_of(dump, label) for label in dump["classes"]]
@@ -633,11 +643,13 @@ def main():
     what.add_argument("--show", metavar="CLIP", help="PNG of a row number or path of the dump")
     # of which runs
     parser.add_argument("--runs", default="runs", metavar="DIR", help="default runs")
-    parser.add_argument("--data", help="this dataset only")
-    parser.add_argument("--model", help="this encoder only")
-    parser.add_argument("--pool", help="this head only (--show: default protobin)")
+    parser.add_argument("--data", metavar="NAME[,NAME...]", help="these datasets only")
+    parser.add_argument("--model", metavar="NAME[,NAME...]", help="these encoders only")
+    parser.add_argument("--pool", metavar="NAME[,NAME...]",
+                        help="these heads only (--show: one, default protobin)")
     # how
-    parser.add_argument("--format", choices=("text", "csv", "md", "json"), default="text")
+    parser.add_argument("--format", choices=("text", "csv", "md", "json"), default="text",
+                        help="of the table (default text)")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N",
                         help=f"halves of the clips for an interval, at most (default {RESAMPLES})")
     args = parser.parse_args()

@@ -595,7 +595,7 @@ def train(heads, seeds, store, cls, labels, rows, lr, decay, loss, name=""):
     parts = [[rows[some.sort().values] for some in  # sorted: as they lie in the file
               torch.randperm(len(rows), generator=draw).split(CHUNK)] for _ in range(EPOCHS)]
     stream = chunks(store, sum(parts, []))
-    losses, seconds = [[] for _ in heads], []
+    losses, seconds, shown = [[] for _ in heads], [], time.time()
     for epoch in range(EPOCHS):
         begin, total = time.time(), torch.zeros(len(heads), device=device)
         for part, take in itertools.islice(stream, len(parts[epoch])):
@@ -618,9 +618,11 @@ def train(heads, seeds, store, cls, labels, rows, lr, decay, loss, name=""):
                 raise Stop(f"the loss is {value} in epoch {epoch + 1}: the tokens hold numbers "
                            f"that are not finite, or the learning rate {lr} is too high")
         seconds.append(time.time() - begin)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() or time.time() - shown > 60:  # in place, or a line a minute in a log
             print(f"{name}  epoch {epoch + 1:2d}/{EPOCHS}  loss {losses[0][-1]:.5f}  "
-                  f"{seconds[-1]:.2f} s", end="   \r", file=sys.stderr)
+                  f"{seconds[-1]:.2f} s", end="   \r" if sys.stderr.isatty() else "\n",
+                  file=sys.stderr)
+            shown = time.time()
     return losses, seconds
 
 
@@ -739,7 +741,8 @@ def train_and_test(settings, works, dump, store, cls, labels, with_evidence):
                         evidence[k][at] = head.evidence(tokens, z).half().cpu()
                 done += len(part)
     if not np.isfinite(logits).all():
-        raise Stop(f"{dump['folder']}: some tested clip has tokens that are not finite")
+        row = torch.cat([test for _, test in folds.values()])[~np.isfinite(logits).all((0, 2))][0]
+        raise Stop(f"{dump['folder']}: the tokens of row {row}, a tested clip, are not finite")
     infos = []
     for k, (seed, work) in enumerate(works.items()):
         np.save(os.path.join(work, "logits.npy"), logits[k])
@@ -800,17 +803,20 @@ def device_name(device):
 
 def newest_dump(data, model):
     """The newest complete tokens/<data>/<model>, either name left open. Raises Stop."""
-    found = []
+    found, begun = [], ""
     for file in glob.glob(os.path.join("tokens", data or "*", model or "*", "meta.json")):
         try:
             if json.load(open(file, encoding="utf-8"))["complete"]:
                 found.append((os.path.getmtime(file), os.path.dirname(file)))
+            else:
+                begun = f" ({os.path.dirname(file)} is begun; the command that began it goes on)"
         except (OSError, ValueError, KeyError, TypeError):
             continue
     if not found:
-        raise Stop(f"no complete dump in tokens/{data or '*'}/{model or '*'}; make one with "
+        raise Stop(f"no complete dump in tokens/{data or '*'}/{model or '*'}{begun}; make one with "
                    f"python extract.py" + (f" --data {data}" if data else "")
-                   + (f" --model {model}" if model else ""))
+                   + (f" --model {model}" if model else "")
+                   + ", or by hand with \"complete\": true in its meta.json")
     return max(found)[1]
 
 
@@ -833,6 +839,11 @@ def open_dump(folder, valid):
                    f"{meta['grid']} must be [T, F]")
     tokens, labels = load("tokens.npy"), load("labels.npy")
     try:
+        classes = open(os.path.join(folder, "classes.txt"), encoding="utf-8").read().splitlines()
+    except (OSError, ValueError) as e:
+        raise Stop(f"{folder}/classes.txt cannot be read ({e}); it names the classes, one a line, "
+                   f"in the order of labels.npy's columns")
+    try:
         with open(os.path.join(folder, "clips.csv"), newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             splits = [row["split"] for row in reader]
@@ -843,25 +854,29 @@ def open_dump(folder, valid):
                    f"path,start,split,labels")
     if not tokens.ndim == 3 or not len(tokens) == len(labels) == len(splits):
         raise Stop(f"{folder}: tokens.npy {tokens.shape}, labels.npy {labels.shape} and clips.csv "
-                   f"({len(splits)} rows) do not belong together; extract the tokens again")
+                   f"({len(splits)} rows) do not belong together; make them again")
     cls = load("cls.npy") if os.path.exists(os.path.join(folder, "cls.npy")) else None
-    if labels.ndim != 2 or (cls is not None and cls.shape != (len(tokens), tokens.shape[2])):
-        raise Stop(f"{folder}: labels.npy {labels.shape} or cls.npy {getattr(cls, 'shape', '')} "
-                   f"does not fit tokens.npy {tokens.shape}; extract the tokens again")
+    if labels.shape[1:] != (len(classes),):
+        raise Stop(f"{folder}: labels.npy {labels.shape} must be (clips, classes), and classes.txt "
+                   f"has {len(classes)} lines; mend one of them")
+    if cls is not None and cls.shape != (len(tokens), tokens.shape[2]):
+        raise Stop(f"{folder}: cls.npy {cls.shape} does not fit tokens.npy {tokens.shape}; make "
+                   f"them again, or remove cls.npy")
     if tokens.dtype != np.float16:
         raise Stop(f"{folder}/tokens.npy is {tokens.dtype}; save it as float16")
     if not tokens.flags.c_contiguous:
         raise Stop(f"{folder}/tokens.npy is in Fortran order; save np.ascontiguousarray(tokens)")
-    if labels.max(initial=0) > 1 or (meta["task"] == "single" and (labels.sum(1) != 1).any()):
-        raise Stop(f"{folder}/labels.npy holds more than 0 and 1, or the task is single and some "
+    if not np.isin(labels, (0, 1)).all() or (meta["task"] == "single"
+                                             and (labels.sum(1) != 1).any()):
+        raise Stop(f"{folder}/labels.npy holds other than 0 and 1, or the task is single and some "
                    f"clip has not exactly one class; mend it")
     if tokens.shape[1] != meta["grid"][0] * meta["grid"][1]:
         raise Stop(f"{folder}: {tokens.shape[1]} tokens a clip and grid {meta['grid']} in "
                    f"meta.json do not agree")
     rows = {s: torch.tensor([i for i, x in enumerate(splits) if x == s])
             for s in dict.fromkeys(splits)}
-    names = {"train", "valid", "test"}
-    if names & set(rows) and (set(rows) - names or not valid and "test" not in rows):
+    names, lower = {"train", "valid", "test"}, {s.lower() for s in rows}
+    if names & lower and (set(rows) - names or not valid and "test" not in rows):
         raise Stop(f"{folder}/clips.csv has the splits {' '.join(map(str, rows))}; they are train, "
                    f"valid and test, the last one needed but for --valid, or folds of other names")
     if valid:

@@ -969,7 +969,7 @@ def test_mistakes_of_show(monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("soundfile")
     sounding_scene()
-    refused(script("evaluate.py", "--show", "7"), "'7'", "between 0 and 2")
+    refused(script("evaluate.py", "--show", "7"), "'7'", "(rows 0 to 2)")
     refused(script("evaluate.py", "--show", "b.wav"), "'b.wav'")
     os.rename("data/demo/a1.wav", "elsewhere.wav")
     refused(script("evaluate.py", "--show", "1"), "data/demo/a1.wav")
@@ -1007,3 +1007,12 @@ def test_valid_runs_never_mix_with_test_runs():
     rows = json.loads(script("evaluate.py", "--format", "json").stdout)
     assert {(r["data"], r["head"]) for r in rows} == {
         ("d", "prevalence"), ("d", "mean"), ("d (valid)", "prevalence"), ("d (valid)", "linear")}
+
+
+def test_which_runs():
+    small_set()
+    for pools, there in (("linear,protobin", {"linear", "protobin"}), ("mean", {"mean"})):
+        rows = json.loads(script("evaluate.py", "--pool", pools, "--format", "json").stdout)
+        assert {r["head"] for r in rows} & {"linear", "protobin", "mean"} == there
+    rows = json.loads(script("evaluate.py", "--data", "as20k", "--format", "json").stdout)
+    assert {r["data"] for r in rows} == {"as20k"}

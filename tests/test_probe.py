@@ -565,6 +565,10 @@ def test_a_dump_that_changed_makes_its_runs_stale():
     refused(script("probe.py", "--pool", "mean", "--seeds", 1), "tokens_md5, labels_md5")
     scored = script("evaluate.py")
     assert scored.returncode == 1 and "labels or splits are others" in scored.stderr
+    shutil.rmtree("tokens")
+    write_dump("tokens/d/m", tokens + 1, labels, splits)
+    scored = script("evaluate.py")
+    assert scored.returncode == 1 and "tokens are others now" in scored.stderr
 
 
 def test_shuffled_labels_bring_every_head_to_the_baseline():
@@ -669,7 +673,7 @@ def test_mistakes_get_one_sentence():
     assert not list(pathlib.Path("runs").rglob("seed*"))
 
     meta = json.loads((folder / "meta.json").read_text())
-    for change, words in (({"complete": False}, ["no complete dump"]), ({"grid": [5, 2]}, ["grid"]),
+    for change, words in (({"complete": False}, ["no complete dump", "d/m is begun"]), ({"grid": [5, 2]}, ["grid"]),
                           ({"grid": 12}, ["grid"]), ({"task": "multilabel"}, ["multilabel"])):
         (folder / "meta.json").write_text(json.dumps(meta | change))
         refused(script("probe.py"), *words)
@@ -678,6 +682,15 @@ def test_mistakes_get_one_sentence():
     (folder / "meta.json").write_text(json.dumps(meta))
     np.save(folder / "labels.npy", labels[:-1].astype(np.uint8))
     refused(script("probe.py"), "do not belong together")
+    classes = (folder / "classes.txt").read_text()
+    np.save(folder / "labels.npy", labels.astype(np.uint8))
+    (folder / "classes.txt").write_text(classes + "one more\n")
+    refused(script("probe.py"), "labels.npy (40, 4)", "5 lines")
+    os.remove(folder / "classes.txt")
+    refused(script("probe.py"), "classes.txt cannot be read")
+    (folder / "classes.txt").write_text(classes)
+    np.save(folder / "labels.npy", 0.7 * labels)
+    refused(script("probe.py"), "labels.npy", "other than 0 and 1")
     (folder / "labels.npy").write_bytes(b"")
     refused(script("probe.py"), "labels.npy cannot be read")
     np.save(folder / "labels.npy", labels.astype(np.uint8))
@@ -693,11 +706,16 @@ def test_mistakes_get_one_sentence():
     for new in ("Test", "val", "", "\xff"):
         (folder / "clips.csv").write_text(table.replace(",test,", f",{new},"), encoding="latin-1")
         refused(script("probe.py"), "clips.csv")
+    (folder / "clips.csv").write_text(table.replace("train", "Train").replace("test", "Test"))
+    refused(script("probe.py"), "splits Train Test")
     (folder / "clips.csv").write_text(table)
     half = tokens.astype(np.float16)
     half[3, 0, 0] = np.nan
     np.save(folder / "tokens.npy", half)
     refused(script("probe.py", "--seeds", 1), "not finite")
+    half[3, 0, 0], half[35, 0, 0] = 0, np.nan
+    np.save(folder / "tokens.npy", half)
+    refused(script("probe.py", "--seeds", 1), "row 35, a tested clip")
 
 
 def test_a_file_that_ends_early_is_named():
