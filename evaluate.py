@@ -39,7 +39,7 @@ WORK = 1.5e10       # clips x classes x seeds x resamples, at most about a minut
 REACH = 2.15        # standard deviations to each side for 95 %: 1.96, and a little because they
                     # are estimates from few positives; by simulation, see interval() [ours]
 BIRDSET = "hsn nbp nes per pow sne uhh".split()  # there macro mAP is called cmAP [official code]
-SETTINGS = "lr weight_decay loss epochs batch prototypes tokens_md5".split()  # same for all seeds
+SETTINGS = "lr weight_decay loss epochs batch chunk prototypes tokens_md5".split()  # same for seeds
 PANELS = 5          # classes in a picture, at most [ours]
 COLUMNS = ["data", "model", "head", "metric", "scored", "score", "seeds", "sd", "low", "high",
            "resamples", "micro mAP", "AUROC", "d'", "macro accuracy", "parameters", "s/epoch",
@@ -240,7 +240,7 @@ def read_dump(folder, split="test"):
         files = [os.path.join(folder, name) for name in ("tokens.npy", "cls.npy")]
         arrays = [np.load(file, mmap_mode="r") for file in files if os.path.exists(file)]
         some = b"".join(a[i].tobytes() for a in arrays for i in (0, len(a) // 2, -1))
-    except (OSError, ValueError, EOFError, KeyError) as e:
+    except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError) as e:
         raise ValueError(f"its dump {folder} cannot be read ({e})")
     if labels.shape != (len(clips), len(classes)):
         raise ValueError(f"in its dump {folder} labels.npy {labels.shape}, clips.csv "
@@ -255,8 +255,7 @@ def read_dump(folder, split="test"):
             "labels_md5": hashlib.md5(np.ascontiguousarray(labels).tobytes() + splits).hexdigest(),
             "tokens_md5": os.path.exists(files[0]) and hashlib.md5(some).hexdigest(),
             "meta": meta, "metric": metric, "labels": labels > 0, "clips": clips, "paths": paths,
-            "classes": classes,
-            "heads": collections.defaultdict(list)}
+            "classes": classes, "heads": collections.defaultdict(list)}
 
 
 def read_run(folder, dump):
