@@ -38,5 +38,5 @@ def test_pipeline_without_encoder(tmp_path, monkeypatch):
     import soundfile
     soundfile.write(tmp_path / "a.wav", np.zeros(16000 * 10), 16000)
     assert bench.pipeline(extract, str(tmp_path / "a.wav"), str(tmp_path), 4, clips=20) > 1
-    tokens = np.load(tmp_path / "dump" / "tokens.npy", mmap_mode="r")
+    tokens = np.load(tmp_path / "dump16000" / "tokens.npy", mmap_mode="r")
     assert tokens.shape == (20, 512, 768)
