@@ -228,7 +228,7 @@ def split_of(folder):
 
 
 def read_dump(folder, split="test"):
-    """A dump as a dict, without tokens; raises ValueError with the reason if it is of no use."""
+    """A dump as a dict, of its tokens a hash of a few (None if they are gone); raises ValueError with the reason if it is of no use."""
     try:
         meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
         labels = np.load(os.path.join(folder, "labels.npy"))
@@ -237,6 +237,7 @@ def read_dump(folder, split="test"):
         classes = open(os.path.join(folder, "classes.txt"), encoding="utf-8").read().splitlines()
         task, paths = meta["task"], np.array([clip["path"] for clip in clips])
         splits = "\n".join(str(clip["split"]) for clip in clips).encode()
+        # the clips that probe.py hashes too, enough to know the tokens again
         files = [os.path.join(folder, name) for name in ("tokens.npy", "cls.npy")]
         arrays = [np.load(file, mmap_mode="r") for file in files if os.path.exists(file)]
         some = b"".join(a[i].tobytes() for a in arrays for i in (0, len(a) // 2, -1))
@@ -253,7 +254,7 @@ def read_dump(folder, split="test"):
     name = {"data": data + (" (valid)" if split == "valid" else ""), "model": model}
     return {"folder": folder, "name": name, "audio": os.path.join("data", data), "task": task,
             "labels_md5": hashlib.md5(np.ascontiguousarray(labels).tobytes() + splits).hexdigest(),
-            "tokens_md5": os.path.exists(files[0]) and hashlib.md5(some).hexdigest(),
+            "tokens_md5": hashlib.md5(some).hexdigest() if os.path.exists(files[0]) else None,
             "meta": meta, "metric": metric, "labels": labels > 0, "clips": clips, "paths": paths,
             "classes": classes, "heads": collections.defaultdict(list)}
 

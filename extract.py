@@ -480,7 +480,7 @@ def print_report(data, clips, missing, unreadable, classes):
           f"positive among the tested clips")
     several = [c for c in clips if c["others"]]
     for first in several[:1]:
-        print(f"{len(several)} clips are listed in several splits and count in the first alone, as "
+        print(f"clips listed in several splits, which count in the first alone: {len(several)}, as "
               f"{first['path']} in {first['split']} and not {' '.join(sorted(first['others']))}")
     absent = [path for paths in missing.values() for path in paths]
     if absent:
