@@ -228,7 +228,8 @@ def split_of(folder):
 
 
 def read_dump(folder, split="test"):
-    """A dump as a dict, of its tokens a hash of a few (None if they are gone); raises ValueError with the reason if it is of no use."""
+    """A dump as a dict, of its tokens a hash alone (None if they are gone); raises ValueError with
+    the reason if it is of no use."""
     try:
         meta = json.load(open(os.path.join(folder, "meta.json"), encoding="utf-8"))
         labels = np.load(os.path.join(folder, "labels.npy"))
