@@ -1,11 +1,9 @@
 """Synthetic checkpoints under the official key names, and the waveform of encoders_golden.json.
 
 For each key the weights are RandomState(crc32(key)) noise, scaled by the rules in `scaled`, so that
-anybody can make the same file and compare an encoder with the recorded outputs of the official
-implementations (tests/encoders_golden.json)."""
+anybody can write the same file and compare an encoder with the recorded outputs of the official
+implementations (tests/assets/encoders_golden.json)."""
 
-import json
-import struct
 import zlib
 
 import numpy as np
@@ -118,19 +116,3 @@ def state(family, **sizes):
     if family == "dasheng":
         out["init_bn.1.num_batches_tracked"] = torch.tensor(7)
     return out
-
-
-def save_safetensors(tensors, file):
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-             torch.int64: "I64"}
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for key, value in tensors.items():
-        size = value.numel() * value.element_size()
-        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape),
-                       "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(header).encode()
-    with open(file, "wb") as f:
-        f.write(struct.pack("<Q", len(head)) + head)
-        for value in tensors.values():
-            f.write(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,266 @@
+"""How probe.py trains and tests, the files of a run, and what is refused."""
+
+import contextlib
+import copy
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import planted, refused, script, start, write_dump
+
+import probe
+
+TOKENS, LABELS = planted(D=36)                                               # (120, 12, 36)
+HALF, SPLITS = TOKENS.astype(np.float16), ["train"] * 60 + ["valid"] * 30 + ["test"] * 30
+CLS, PLAIN = HALF[:, 0], (TOKENS, LABELS, SPLITS)
+
+
+def folder(pool="mean", seed=0, root="runs", data="d"):
+    return pathlib.Path(root, data, "m", pool, f"seed{seed}")
+
+
+def info(pool="mean"):
+    return json.loads((folder(pool) / "run.json").read_text())
+
+
+def made(*args, pool="mean", root="runs", data="d"):
+    done = script("probe.py", "--pool", pool, "--data", data, "--seeds", 1, *args)
+    assert done.returncode == 0, done.stderr
+    return np.load(folder(pool, root=root, data=data) / "logits.npy")
+
+
+@pytest.mark.parametrize("pool,decayed", [
+    *((pool, ["linear.weight"]) for pool in ("linear", "simpool", "protobin")),
+    ("proto", ["weight"]), ("mhca", ["linear.weight", "key.weight", "value.weight"])])
+def test_training_equals_plain_adamw_with_a_cosine(pool, decayed):
+    torch.manual_seed(3)
+    tokens, labels = map(torch.tensor, planted(400))
+    tokens, cls, rows = tokens.float(), torch.randn(400, 32), torch.arange(0, 400, 2)
+    head = probe.HEADS[pool](32, 4, (4, 3), 2)
+    plain = copy.deepcopy(head)
+    losses, _ = probe.train(head, tokens, cls, labels.float(), rows,
+                            {"lr": 0.01, "weight_decay": 0.1, "loss": "asl", "seed": 7})
+    params = dict(plain.named_parameters())
+    groups = [{"params": [p for key, p in params.items() if (key in decayed) == yes],
+               "weight_decay": 0.1 * yes} for yes in (True, False)]
+    adamw = torch.optim.AdamW(groups, 0.01, (0.9, 0.95) if pool == "proto" else (0.9, 0.999))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 60)
+    shuffle, expected = torch.Generator().manual_seed(7), [0] * 30
+    for epoch in range(30):
+        for part in rows[torch.randperm(200, generator=shuffle)].split(128):
+            loss = probe.asymmetric_loss(plain(tokens[part], cls[part]), labels[part])
+            expected[epoch] += loss.item() * len(part) / 200
+            adamw.zero_grad()
+            (loss + (plain.penalty() if pool == "proto" else 0)).backward()
+            adamw.step()
+            cosine.step()
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    for key, p in head.named_parameters():
+        torch.testing.assert_close(p, params[key], rtol=0, atol=1e-5)
+
+
+def test_batches_from_a_file_equal_batches_from_a_tensor(monkeypatch):
+    monkeypatch.setattr(probe, "BATCH", 16)
+    np.save("tokens.npy", HALF)
+    rows, tensor = torch.randperm(120)[:103], torch.from_numpy(HALF)
+    for source in (tensor, np.load("tokens.npy", mmap_mode="r")):
+        for part, (at, x) in zip(rows.split(16), probe.batches(source, rows, "cpu"), strict=True):
+            assert torch.equal(at, part) and torch.equal(x, tensor[part].float())
+
+
+@pytest.mark.parametrize("given", ("no cls.npy", "mean", "cls"))
+@pytest.mark.parametrize("pool", ("linear", "mlp", "mean", "linearc", "linpre"))
+def test_training_on_means_equals_training_on_all_tokens(pool, given):
+    dump = write_dump("tokens/d/m", *PLAIN, cls=None if given == "no cls.npy" else CLS)
+    (dump / "meta.json").write_text(json.dumps({"task": "multi", "grid": [4, 3], "cls": given}))
+    flags = [] if given == "cls" else ["--frames"]  # allowed where a head reads no [cls]
+    logits, x = made(*flags, pool=pool), torch.from_numpy(HALF).float()
+    torch.manual_seed(0)
+    head = probe.HEADS[pool](36, 4, (4, 3), 20)
+    cls = torch.from_numpy(CLS).float() if given == "cls" else x.mean(1)
+    probe.train(head, x, cls, torch.tensor(LABELS).float(), torch.arange(90), info(pool))
+    np.testing.assert_allclose(logits, head(x, cls)[90:].detach(), atol=1e-4)
+    if pool == "linear":
+        assert np.allclose(logits, made(pool="mean"), atol=1e-4) == (given != "cls")
+
+
+@pytest.mark.parametrize("root,trained", [("runs", "train valid"), ("runs_valid", "train")])
+@pytest.mark.parametrize("split", ("train", "valid", "test"))
+def test_labels_matter_for_training_clips_only(root, trained, split):
+    write_dump("tokens/d/m", *PLAIN)
+    write_dump("tokens/e/m", TOKENS, LABELS ^ (np.array(SPLITS) == split)[:, None], SPLITS)
+    flags = ["--valid"] * (root == "runs_valid")
+    logits, other = (made(*flags, root=root, data=data) for data in "de")
+    assert np.array_equal(logits, other) == (split not in trained)
+    assert np.load(folder(root=root) / "rows.npy")[0] == (60 if flags else 90)
+    assert set(os.listdir()) == {"tokens", root}
+
+
+def test_folds_and_single_labels():
+    """Each fold is tested by a head that did not see it, and head.pt holds all heads."""
+    fold = np.arange(120) // 5 % 3                                           # of each clip
+    for data, kinds in (("d", LABELS.argmax(1)), ("e", (LABELS.argmax(1) + (fold == 2)) % 4)):
+        write_dump(f"tokens/{data}/m", TOKENS, np.eye(4)[kinds] > 0, fold, task="single")
+    logits, other = (made(pool="protobin", data=data) for data in "de")
+    rows = np.load(folder("protobin") / "rows.npy")
+    assert np.array_equal((logits == other).all(1), fold[rows] == 2) and len(set(rows)) == 120
+    assert info("protobin")["loss"] == "ce" and set(info("protobin")["losses"]) == {*"012"}
+    for i in range(3):
+        mine = torch.from_numpy(HALF[rows[fold[rows] == i]]).float()
+        head = probe.load_head(folder("protobin") / "head.pt", str(i)).requires_grad_(False)
+        np.testing.assert_allclose(logits[fold[rows] == i], head(mine), rtol=1e-4, atol=1e-5)
+
+
+def test_unreadable_clips_are_left_out():
+    bad = np.arange(120) % 7 == 3
+    write_dump("tokens/d/m", TOKENS[~bad], LABELS[~bad], np.array(SPLITS)[~bad])
+    dump = write_dump("tokens/e/m", *PLAIN)
+    np.save(dump / "tokens.npy", np.where(bad[:, None, None], np.nan, HALF).astype(np.float16))
+    np.save(dump / "state.npy", np.where(bad, 2, 1).astype(np.uint8))
+    assert np.array_equal(made(pool="protobin"), made(pool="protobin", data="e"))
+    assert not bad[np.load(folder("protobin", data="e") / "rows.npy")].any()
+
+
+def test_every_head_scores_chance_on_permuted_labels():
+    """On a dump of only the files and keys that are required."""
+    from sklearn.metrics import average_precision_score
+    tokens, labels = planted(clips=2200, N=6, D=64, C=30, share=0.15, strength=0.8)
+    mixed, test = np.random.default_rng(1).permutation(labels[:800]), labels[800:]
+    for data, first, pools in (("mixed", mixed, probe.HEADS), ("true", labels[:800], ["protobin"])):
+        dump = write_dump(f"tokens/{data}/m", tokens, np.r_[first, test],
+                          ["train"] * 800 + ["test"] * 1400)
+        (dump / "meta.json").write_text('{"task": "multi", "grid": [3, 2]}')
+        for pool in pools:
+            logits = made("--prototypes", 4, data=data, pool=pool)
+            gain = average_precision_score(test, logits) - test.mean()
+            assert abs(gain) < 0.03 if data == "mixed" else gain > 0.2, pool
+
+
+@pytest.mark.parametrize("pool", ("protobin", "linpre", "simpool"))
+def test_files_of_a_run(pool):
+    write_dump("tokens/d/m", *PLAIN, cls=CLS, grid=[4, 3], token_seconds=0.3)
+    made("--evidence", "--frames", pool=pool)
+    found = {path.stem: np.load(path) for path in folder(pool).glob("*.npy")}
+    assert {name: (str(a.dtype), a.shape) for name, a in found.items()} == {
+        "logits": ("float32", (30, 4)), "rows": ("int64", (30,)),
+        "evidence": ("float16", (30, 4, 12)), "frames": ("float16", (30, 4, 4))}
+    assert found["rows"].tolist() == list(range(90, 120))
+    assert set(torch.load(folder(pool) / "head.pt", weights_only=True)["folds"]) == {"test"}
+    head = probe.load_head(folder(pool) / "head.pt").requires_grad_(False)
+    x = torch.from_numpy(HALF).float()
+    assert set(info(pool)) >= set(
+        "pool lr weight_decay loss epochs batch prototypes split seed dump tokens_md5 labels_md5 "
+        "parameters losses seconds_per_epoch device versions".split())
+    assert info(pool)["parameters"] == sum(p.numel() for p in head.parameters())
+    np.testing.assert_allclose(found["logits"], head(x[90:]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["evidence"], head.evidence(x[90:]), rtol=1e-3, atol=1e-3)
+    for t in range(4):  # the tokens of step t are 3t, 3t + 1 and 3t + 2; a window is 3 steps
+        window = x[90:, max(0, 3 * t - 3):3 * t + 6]
+        np.testing.assert_allclose(found["frames"][:, t], head(window), rtol=1e-3, atol=1e-3)
+    if pool == "protobin":  # its evidence is counted from about the mean score of training
+        scores = head.similarity(x[:90])[0]
+        assert ((head.score_mean - scores.mean(0)).abs() < 0.3 * scores.std(0)).all()
+
+
+def test_prototypes_per_class():
+    write_dump("tokens/as20k/m", *PLAIN)
+    for flags, M in (([], 10), (["--prototypes", 3, "--overwrite"], 3)):
+        made(*flags, pool="protobin", data="as20k")
+        head = probe.load_head(folder("protobin", data="as20k") / "head.pt")
+        assert head.prototypes.shape == (4 * M, 36)
+
+
+def test_existing_runs_are_kept_and_other_settings_refused():
+    dump = write_dump("tokens/d/m", *PLAIN)
+    first, before = made("--seeds", 2), os.stat(folder() / "run.json")
+    assert np.array_equal(made(), first) and os.stat(folder() / "run.json") == before
+    refused(script("probe.py", "--pool", "mean", "--lr", 0.5), "lr", "--overwrite")
+    assert not np.array_equal(made("--lr", 0.5, "--overwrite"), first) and info()["lr"] == 0.5
+    assert np.array_equal(made("--overwrite"), first)  # the same seed, the same bits
+    assert not np.array_equal(np.load(folder(seed=1) / "logits.npy"), first)
+    for file, array in (("tokens", HALF), ("labels", LABELS.astype(np.uint8))):
+        np.save(dump / f"{file}.npy", array[::-1])
+        refused(script("probe.py", "--pool", "mean"), f"{file}_md5")
+        np.save(dump / f"{file}.npy", array)
+
+
+def test_killed_run_leaves_nothing_that_looks_like_one():
+    write_dump("tokens/d/m", *PLAIN)
+    job = start("probe.py", "--prototypes", 5000)
+    while not list(folder("protobin").parent.glob(".seed0*")):
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.02)
+    job.kill()
+    job.communicate()
+    assert not folder("protobin").exists()
+    made(pool="protobin")
+    assert info("protobin")["prototypes"] == 20
+
+
+def test_two_processes_make_the_same_run():
+    write_dump("tokens/d/m", *PLAIN)
+    jobs = [start("probe.py", "--seeds", 1) for _ in range(2)]
+    errors = [job.communicate()[1] for job in jobs]
+    assert 0 in [job.returncode for job in jobs], errors
+    files = set(os.listdir(folder("protobin")))
+    assert files == {"head.pt", "logits.npy", "rows.npy", "run.json"}
+
+
+@pytest.mark.parametrize("args,rows,word", [
+    (["--pool", "protobni"], [], "protobni"), (["--data", "x"], [], "tokens/x"),
+    (["--runs", "f"], [], "f"), (["--pool", "mlp", "--lr", 1e30], [], "loss"),
+    (["--device", "cuda"], [], "CUDA"), ([], [3], "loss"), ([], [95], "row 95"),
+    (["--pool", "ep,mean"], [], "ep seed 0"),  # one head that fails does not stop the others
+    *((["--pool", pool, flag], [], "[cls]") for pool in ("linear", "mlp", "linearc")
+      for flag in ("--evidence", "--frames"))])
+def test_wrong_arguments_and_tokens_that_are_not_finite(args, rows, word):
+    tokens = TOKENS.copy()
+    tokens[rows, 0, 0] = np.nan
+    write_dump("tokens/d/m", tokens, LABELS, SPLITS, cls=CLS)
+    pathlib.Path("f").write_text("")
+    refused(script("probe.py", "--seeds", 1, *args), word)
+    assert [*pathlib.Path().rglob("*seed*")] == [folder()] * ("ep,mean" in args)
+
+
+ROWS = b"path,start,split,labels\n"
+DAMAGE = [
+    ("meta.json", b'{"grid": [12, 1]}', "task"), ("meta.json", b'{"task": "multi"}', "grid"),
+    ("meta.json", b'{"task": "multi", "grid": [5, 2]}', "T*F"), ("meta.json", None, "no dump"),
+    ("meta.json", b'{"task": "multi", "grid": 12}', "d/m"), ("meta.json", b"{", "d/m"),
+    ("meta.json", b'{"task": "single", "grid": [12, 1]}', "task"), ("cls.npy", CLS[1:], "cls"),
+    ("tokens.npy", TOKENS, "float16"), ("tokens.npy", HALF[1:], "tokens"),
+    ("tokens.npy", None, "tokens"), ("tokens.npy", 3000, "d/m"), ("clips.csv", b"\xff", "d/m"),
+    ("labels.npy", LABELS[1:], "labels"), ("labels.npy", 0.7 * LABELS, "labels"),
+    ("state.npy", np.arange(120), "extract.py"), ("state.npy", np.ones(3), "extract.py"),
+    ("classes.txt", None, "classes.txt"), ("classes.txt", b"c0\nc1\nc2\n", "labels.npy"),
+    ("clips.csv", b"path\n" + 120 * b"a\n", "split"), ("labels.npy", 0, "d/m"),
+    ("clips.csv", ROWS + 60 * b"a,0,Train,\n" + 60 * b"a,0,Test,\n", "Train Test"),
+    ("clips.csv", ROWS + 60 * b"a,0,train,\n" + 60 * b"a,0,val,\n", "train val")]
+
+
+@pytest.mark.parametrize("file,content,word", DAMAGE)
+def test_damaged_dump(file, content, word):
+    path = write_dump("tokens/d/m", *PLAIN, cls=CLS) / file
+    if content is None:
+        path.unlink()
+    elif isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    refused(script("probe.py"), word)
+
+
+@pytest.mark.parametrize("file", ("tokens", "labels", "cls"))
+def test_flipped_bits_in_a_header_are_refused_or_harmless(file):
+    path = write_dump("tokens/d/m", *PLAIN, cls=CLS) / f"{file}.npy"
+    header, data = path.read_bytes()[:128], path.read_bytes()[128:]
+    for bit in range(128 * 8):
+        number = int.from_bytes(header, "big") ^ 1 << bit
+        path.write_bytes(number.to_bytes(128, "big") + data)
+        with contextlib.suppress(probe.Stop):
+            dump = probe.open_dump("d", "m")
+            assert dump["tokens"].shape == HALF.shape and np.array_equal(dump["labels"], LABELS)
