@@ -100,12 +100,13 @@ class MaxCos(torch.autograd.Function):
     def backward(ctx, grad, _):
         tokens, length, places = ctx.saved_tensors                           # places (K, B)
         weights, total = (grad / length.gather(1, places.T)).T, 0            # (K, B)
-        for b in range(0, len(tokens), 32):  # few at a time: they are copied to float32
-            part = tokens[b:b + 32].to(grad.dtype)
+        step = 32 if tokens.dtype == torch.float16 else len(tokens)  # halves are copied to float32
+        for b in range(0, len(tokens), step):
+            part = tokens[b:b + step].to(grad.dtype)
             first = part.shape[1] * torch.arange(len(part), device=part.device)
             total = total + torch.nn.functional.embedding_bag(
-                places[:, b:b + 32] + first, part.flatten(0, 1), mode="sum",
-                per_sample_weights=weights[:, b:b + 32].contiguous())
+                places[:, b:b + step] + first, part.flatten(0, 1), mode="sum",
+                per_sample_weights=weights[:, b:b + step].contiguous())
         return None, total
 
 

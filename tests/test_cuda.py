@@ -29,8 +29,7 @@ import official
 import probe
 
 GROUPS = "encoders", "dump", "races", "heads", "runs", "waits", "figures"
-GOLDEN = {"eat": "eat_10s", "beats": "beats_10s", "dasheng": "dasheng_10s",
-          "amae": "audiomae_10s", "asit": "asit_1024"}
+cuda_device_count = torch.cuda.device_count
 
 
 def relative(got, want):
@@ -84,29 +83,27 @@ def encoders():
     golden = json.loads((ROOT / "tests/assets/encoders_golden.json").read_text())
     wave, far, halves, alone = official.waveform(10), [], [], []
     waves = torch.stack([wave, wave.flip(0), 0.01 * wave, wave.roll(40000)])
-    for model, name in GOLDEN.items():
+    for name in "eat_10s", "beats_10s", "dasheng_10s", "audiomae_10s", "asit_1024":
+        model = name.split("_")[0].replace("audiomae", "amae")
         torch.save(official.state(model), "weights.pt")
         exact, half = (extract.Encoder(model, "weights.pt", 10, "cuda", precision)
                        for precision in ("fp32", "fp16"))
         tokens, cls = exact(waves)
         out = tokens[0] if cls is None else torch.cat([cls[:1], tokens[0]])
         for key, row in {"first": 0, "mid": len(out) // 2, "last": -1}.items():
-            far.append((out[row, :4].cpu() - torch.tensor(golden[name][key])).abs().max().item())
+            far += (out[row, :4].cpu() - torch.tensor(golden[name][key])).abs().tolist()
         halves.append(relative(half(waves)[0], tokens))
         alone.append(relative(half(waves[2:3])[0], half(waves)[0][2:3]))
     assert max(far) < 1e-3 and max(halves) < 2e-3 and max(alone) < 2e-3, (far, halves, alone)
     return f"golden {max(far):.1e}, fp16 {max(halves):.1e}, in a batch {max(alone):.1e} off"
 
 
-def killed():
-    """extract.py, whose process is killed while it writes its third block."""
-    real, calls = extract.write_rows, iter(range(10 ** 6))
-
-    def write_rows(*args):
-        if next(calls) == 138:  # 127 for the first block, which has a bad row, then 7 for each
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(*args)
-    extract.write_rows = write_rows
+def killed(row):
+    """extract.py, whose process is killed when it comes to write this row or one behind it."""
+    def write_rows(file, first, rows):
+        os.kill(os.getpid(), signal.SIGKILL if first >= row else 0)
+        write(file, first, rows)
+    write, extract.write_rows = extract.write_rows, write_rows
     extraction()
 
 
@@ -115,31 +112,26 @@ def dump():
     write_clips(300, 10)
     want, peak = extraction(), torch.cuda.max_memory_allocated() / 1e9
     os.rename("tokens", "whole")
-    for _ in range(2):
-        assert subprocess.run([sys.executable, __file__, "killed"]).returncode == -signal.SIGKILL
+    for row in "150", "220":  # in the third block, and in the fourth
+        code = subprocess.run([sys.executable, __file__, "killed", row]).returncode
+        assert code == -signal.SIGKILL
     done = np.count_nonzero(np.load("tokens/made/random/state.npy"))
-    assert extraction() == want and 64 <= done < 300 and want[2][-300:][7] == 2 and peak < 2.5
+    assert extraction() == want and 64 <= done <= 192 and want[2][-300:][7] == 2 and peak < 2.5
     return f"the same bytes, resumed after {done} of 300 clips; {peak:.2f} GB on the GPU"
 
 
 def races():
-    """The GPU sleeps around each block and each batch, so that the host runs ahead."""
+    """The GPU sleeps after each block and each batch, so that the host runs ahead."""
     write_clips(300, 1)
     write_tokens()
     want = extraction(), training("protobin", memory=0)
-    encode, batches, cycles = extract.Encoder.__call__, probe.batches, 3 * 10 ** 7
+    encode, batches = extract.Encoder.__call__, probe.batches
 
-    def late(function):
-        def wrapped(*args):
-            out = function(*args)
-            torch.cuda._sleep(cycles)  # before the copies to the host, or the next batch
-            return out
-        return wrapped
-
-    def late_batches(*args):
-        return map(late(lambda batch: batch), batches(*args))
-    with mock.patch.object(extract.Encoder, "__call__", late(encode)), \
-            mock.patch.object(probe, "batches", late_batches):
+    def late(out):
+        torch.cuda._sleep(3 * 10 ** 7)  # cycles; before the copies to the host, or the next batch
+        return out
+    with mock.patch.object(extract.Encoder, "__call__", lambda *args: late(encode(*args))), \
+            mock.patch.object(probe, "batches", lambda *args: map(late, batches(*args))):
         got = extraction("--overwrite"), training("protobin", memory=0)
     assert got[0] == want[0] and np.array_equal(got[1], want[1])
     return "the same bytes and logits on a GPU that lags behind"
@@ -191,8 +183,7 @@ def runs():
     found = average_precision_score(labels, training("protobin"))
     chance = average_precision_score(shuffled, training("protobin", model="shuffled"))
     assert found > 0.8 and abs(chance - shuffled.mean()) < 0.05, (found, chance)
-    return (f"all heads repeat; mAP {found:.3f}, with shuffled labels {chance:.3f} at prevalence "
-            f"{shuffled.mean():.3f}")
+    return f"mAP {found:.3f}; shuffled labels {chance:.3f}, prevalence {shuffled.mean():.3f}"
 
 
 def waits():
@@ -219,7 +210,7 @@ def waits():
         probe.train(head, source, None, labels, rows, settings)
     step = (torch.cuda.max_memory_allocated() - kept) / 1e6
     assert step < 520
-    write_tokens()
+    write_tokens(clips=4000)  # 33 MB: more than the allocator keeps in a block that is half free
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     refused(script("probe.py", "--device", "cuda", "--pool", "mhca"), "memory")
@@ -240,8 +231,8 @@ def figures(B=64):
     for model, file in ("random", None), ("beats", "weights.pt"), ("dasheng", "weights.pt"):
         if file:
             torch.save(official.state(model), file)
-        encoder, products = extract.Encoder(model, file, 10, "cuda", "fp16"), bench.eat_products
-        whole, matmuls = bench.clock(lambda: encoder(waves), products(B, 513)[0])
+        encoder = extract.Encoder(model, file, 10, "cuda", "fp16")
+        whole, matmuls = bench.clock(lambda: encoder(waves), bench.eat_products(B, 513)[0])
         out.append(f"{model} {B / whole:,.0f} clips/s (EAT's matmuls alone {B / matmuls:,.0f})")
     write_clips(1000, 10)
     free, begin = torch.zeros(B, 512, 768, device="cuda"), time.perf_counter()
@@ -264,10 +255,6 @@ def figures(B=64):
     return "; ".join(out)
 
 
-def found():
-    return torch.cuda.is_available()
-
-
 @functools.cache
 def child(group):
     return subprocess.run([sys.executable, __file__, group], capture_output=True, text=True)
@@ -275,7 +262,7 @@ def child(group):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_cuda(capsys, group):
-    if child("found").stdout == "False\n":
+    if child("cuda_device_count").stdout == "0\n":
         pytest.skip("torch finds no CUDA device")
     process = child(group)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-8000:]
@@ -285,5 +272,5 @@ def test_cuda(capsys, group):
 
 if __name__ == "__main__":  # conftest, imported above, has hidden the GPUs from this process too
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["TESTS_CUDA_VISIBLE_DEVICES"]
-    print(globals()[sys.argv[1]](), flush=True)
+    print(globals()[sys.argv[1]](*map(int, sys.argv[2:])), flush=True)
     os._exit(0)  # CUDA's own clean-up fails after a device assert

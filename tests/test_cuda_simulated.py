@@ -7,6 +7,7 @@ it was waited for, while the pinned source of one to the device must stay the sa
 and bytes are counted. Autocast is the CPU's; kernels and speed are left to tests/test_cuda.py."""
 
 import contextlib
+import functools
 import os
 import sys
 import weakref
@@ -50,16 +51,14 @@ class Device(TorchDispatchMode):
     def pin(self, tensor):
         return self.register(tensor.clone(), pinned=True)
 
-    def wait(self, until=None):
-        """Finish the copies begun up to a time (default: all)."""
+    def wait(self, until=None):  # a time; None: now
         self.waits += 1
         for time, finish in list(self.copies.items()):
             if until is None or time <= until:
                 finish()
                 self.copies.pop(time, None)
 
-    def move(self, tensor, asynchronous):
-        """A copy on the other side."""
+    def move(self, tensor, asynchronous):  # -> its copy on the other side
         def finish():
             if held:
                 out[...] = value
@@ -106,9 +105,7 @@ def simulated(inner="cpu"):
     device, autocast = Device(inner), torch.autocast
 
     def record_event():
-        event = SimpleNamespace(time=device.time)
-        event.synchronize = lambda: device.wait(event.time)
-        return event
+        return SimpleNamespace(synchronize=functools.partial(device.wait, device.time))
 
     def to(tensor, *args, **kwargs):
         target, dtype, asynchronous, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -125,7 +122,8 @@ def simulated(inner="cpu"):
     functions = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "set_device": lambda index: None,
         "current_stream": lambda: SimpleNamespace(record_event=record_event),
-        "mem_get_info": lambda: (2 ** 36, 2 ** 36), "get_device_name": lambda: "simulated", "is_current_stream_capturing": lambda: False}
+        "mem_get_info": lambda: (2 ** 36, 2 ** 36), "get_device_name": lambda: "simulated",
+        "is_current_stream_capturing": lambda: False}
     torch._C._ensureCUDADeviceGuardSet()
     with pytest.MonkeyPatch.context() as patch, device:
         for name, value in methods.items():
@@ -139,8 +137,7 @@ def simulated(inner="cpu"):
 
 def train(patch, device, pool, **constants):
     """Logits of a small dump, and the simulated device."""
-    if not os.path.exists("tokens/made/enc"):
-        write_tokens(clips=400)
+    os.path.exists("tokens") or write_tokens(clips=400)
     for name, value in ({"EPOCHS": 2, "BATCH": 16} | constants).items():
         patch.setattr(probe, name, value)
     with simulated() if device == "cuda" else contextlib.nullcontext() as world:
@@ -178,19 +175,19 @@ def test_extraction(monkeypatch, model):
 
 
 def test_planted_faults(monkeypatch):
-    """Labels on the host, tokens saved before they arrive, one pinned buffer for all batches."""
+    """Labels on the host, one pinned buffer for all batches, tokens saved before they arrive."""
     loss, save = probe.asymmetric_loss, extract.save_block
     buffer = torch.zeros(16, 64, 64, dtype=torch.float16)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="same device"):
         patch.setitem(probe.LOSSES, "asl", lambda logits, labels: loss(logits, labels.cpu()))
         train(patch, "cuda", "protobin")
-    with monkeypatch.context() as patch, pytest.raises(extract.Stop, match="overflow"):  # NaN
-        patch.setattr(extract, "save_block", lambda *args: save(*args[:-1], None))
-        encode(patch, "cuda", "eat")
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="pinned"):
         patch.setattr(Device, "pin", lambda device, tensor: device.register(
             buffer, pinned=True)[:len(tensor)].copy_(tensor))
         train(patch, "cuda", "mhca", MEMORY=0)
+    with monkeypatch.context() as patch, pytest.raises(extract.Stop, match="overflow"):  # NaN
+        patch.setattr(extract, "save_block", lambda *args: save(*args[:-1], None))
+        encode(patch, "cuda", "eat")
 
 
 @pytest.mark.parametrize("pool", ["protobin", "mhca"])
