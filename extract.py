@@ -139,7 +139,7 @@ def decibel_mel(waves, filters):
     window = torch.hann_window(FFT, device=waves.device)
     spec = torch.stft(waves, FFT, HOP, window=window, center=True, pad_mode="reflect",
                       return_complex=True)
-    power = spec.abs().square().transpose(1, 2)                              # (B, T, 257)
+    power = torch.view_as_real(spec).square().sum(-1).transpose(1, 2)        # (B, T, 257)
     mel = 10 * (power @ filters).clamp(1e-10).log10()
     return torch.maximum(mel, mel.amax((1, 2), keepdim=True) - 120)
 
@@ -910,7 +910,7 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
             # from CUDA into pinned memory, where they have arrived when `ready` has passed
             arrays = {name: x.half().to("cpu", non_blocking=True).numpy()
                       for name, x in arrays.items()}
-            ready = torch.cuda.current_stream().record_event() if cuda else None
+            ready = cuda and torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True))
             waited -= time.time()
             if job:
                 job.result()

@@ -92,6 +92,7 @@ class MaxCos(torch.autograd.Function):
             dots = half_product(factor, x.T) if half else factor @ x.T       # (K, b*N)
             dots = dots.div_(length[b:b + step].flatten()).view(K, -1, N)
             scores[:, b:b + step], places[:, b:b + step] = dots.max(2)
+            del dots  # before the next is made
         ctx.save_for_backward(tokens, length, places)
         ctx.mark_non_differentiable(places)
         return (scores * D ** -0.5 if half else scores).T, places.T
@@ -649,6 +650,7 @@ def main():
         raise Stop("--seeds must be at least 1, --prototypes, --lr and --decay positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Stop("torch finds no CUDA device; leave --device out")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in conv too
     dump = open_dump(args.data, args.model)
     dump["folds"] = make_folds(dump["rows"], args.valid)
     folder, meta, tokens = dump["folder"], dump["meta"], dump["tokens"]
@@ -693,7 +695,7 @@ def main():
             os.rename(work, out)
             print(f"{pool:>10}  seed {seed}  {info['parameters']:>10,} parameters  "
                   f"{info['seconds_per_epoch']:.2f} s/epoch  -> {out}")
-        except (Stop, ValueError) as e:  # one head that fails does not stop the others
+        except (Stop, ValueError, torch.OutOfMemoryError) as e:  # the other heads still run
             failed.append(f"{pool} seed {seed}: {e}")
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -3,9 +3,8 @@
     pytest tests/test_cuda.py          # some minutes; each group prints a line of figures
     python tests/test_cuda.py heads    # one group, in an empty folder
 
-A group is a function of this file that runs in its own process: conftest.py hides GPUs from the
-suite, peak memory is per process, and after a device assert a process cannot use its GPU any more.
-tests/test_cuda_simulated.py runs the same branches of the scripts without a GPU."""
+A group is a function that runs in its own process: conftest.py hides GPUs from the suite, peak
+memory is per process, and a device assert ends a process's use of its GPU."""
 
 import functools
 import json

@@ -33,9 +33,8 @@ class Device(TorchDispatchMode):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.ops, self.busy = inner, set(), False
+        self.inner, self.ops, self.busy, self.time, self.waits, self.peak = inner, set(), 0, 0, 0, 0
         self.storages, self.pinned, self.copies = {}, {}, {}  # copies: {time: what finishes it}
-        self.time = self.waits = self.peak = 0
 
     def holds(self, tensor):
         return tensor.untyped_storage()._cdata in self.storages
@@ -92,10 +91,10 @@ class Device(TorchDispatchMode):
             self.wait()
         if self.inner == "meta" and func in (*WAITING, aten._fused_adamw_.default):
             return 0.0 if func in WAITING else None
-        self.ops, self.busy = self.ops | {func}, True
+        self.ops, self.busy = self.ops | {func}, 1
         if func is aten.mm.dtype:  # has no CPU kernel
             func, args = aten.mm.default, [x.float() for x in args[:2]]
-        out, self.busy = func(*args, **kwargs), False
+        out, self.busy = func(*args, **kwargs), 0
         return tree_map_only(torch.Tensor, self.register, out)
 
 
@@ -104,7 +103,7 @@ def simulated(inner="cpu"):
     """A Device that --device cuda finds."""
     device, autocast = Device(inner), torch.autocast
 
-    def record_event():
+    def record_event(event):
         return SimpleNamespace(synchronize=functools.partial(device.wait, device.time))
 
     def to(tensor, *args, **kwargs):
@@ -113,15 +112,15 @@ def simulated(inner="cpu"):
         tensor = TO(tensor, dtype or tensor.dtype)
         return device.move(tensor, asynchronous) if moves else tensor
 
-    def place(tensor):  # busy: meta kernels written in Python see the real device
-        on = device.holds(tensor) and not device.busy
-        return torch.device("cuda", 0) if on else PLACE.__get__(tensor)
+    def place(x):  # busy: meta kernels written in Python see the real device
+        return PLACE.__get__(x) if device.busy or not device.holds(x) else torch.device("cuda", 0)
     methods = {"to": to, "cpu": lambda x: to(x, "cpu"), "pin_memory": lambda x: device.pin(x),
                "numpy": lambda x: pytest.fail("a device tensor") if device.holds(x) else NUMPY(x),
                "is_cuda": property(device.holds), "device": property(place)}
     functions = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "set_device": lambda index: None,
         "current_stream": lambda: SimpleNamespace(record_event=record_event),
+        "Event": lambda blocking: None,
         "mem_get_info": lambda: (2 ** 36, 2 ** 36), "get_device_name": lambda: "simulated",
         "is_current_stream_capturing": lambda: False}
     torch._C._ensureCUDADeviceGuardSet()
@@ -213,4 +212,4 @@ def test_memory_of_a_step(monkeypatch, capsys):
         probe.train(head.to("cuda"), tokens, None, labels, torch.arange(300), settings)
     with capsys.disabled():
         print(f" {(device.peak - kept) / 1e6:.0f} MB ", end="")
-    assert 150e6 < device.peak - kept < 350e6
+    assert 150e6 < device.peak - kept < 300e6
