@@ -1,21 +1,21 @@
-"""Turn audio into the patch tokens of a frozen encoder, once, on disk.
+"""Encode a dataset with a frozen audio encoder and store its patch tokens on disk.
 
 Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3: every clip passes through
 the frozen encoder once, without augmentation, and its last-layer token map is kept.
 
-Reads    datasets.txt and data/<data>/ (audio and tables as they unpack, or your manifest.csv)
+Reads    datasets.txt and data/<data>/ (audio and tables as unpacked, or your manifest.csv)
 Writes   tokens/<data>/<model>/
          tokens.npy  float16 (clips, N, D), N = T*F patch tokens, time-major: n = t*F + f
          cls.npy     float16 (clips, D), [cls], or the mean token where the encoder has none
-         labels.npy  uint8 (clips, C) multi-hot; clips.csv, classes.txt, events.csv, meta.json
-         state.npy   uint8 (clips,): 0 to do, 1 done, 2 unreadable
+         labels.npy  uint8 (clips, C) multi-hot;  state.npy  uint8: 0 to do, 1 done, 2 unreadable
+         clips.csv, classes.txt, meta.json, and events.csv where onsets are known
 
-    python extract.py                             # log-mel patches of the demo, no download
+    python tests/demo.py && python extract.py     # log-mel patches of the demo, no download
     python extract.py --model eat --data esc50    # any encoder, any line of datasets.txt
     torchrun --nproc_per_node=8 extract.py --model eat --data fsd50k
 
-Kill it at any moment; the same command resumes. With the same synthetic weights its tokens agree
-with those of the official implementations to 1e-5 (tests/test_encoders.py).
+Kill it at any moment; the same command resumes. Given the same random weights, tokens match those
+of the official implementations to 1e-5. [official code]: its value; [ours]; [?]: a guess.
 """
 
 import argparse
@@ -39,8 +39,8 @@ import time
 import urllib.parse
 import urllib.request
 
-# Idle OpenMP threads spin by default: on a busy machine every parallel region then waits for the
-# thread that lost its core, and extraction takes 3 times as long. Read when torch is imported.
+# By default idle OpenMP threads spin, and on a busy machine every parallel region waits for the one
+# that lost its core: extraction takes 3 times as long. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -57,23 +57,24 @@ RATE = 16000                         # Hz, mono [official code]; [?] ASiT's own 
 FRAME, HOP, FFT = 400, 160, 512      # samples: 25 ms, 10 ms, next power of two [official code]
 LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the log [official code]
 CHUNK = 1008                         # frames Dasheng encodes at once, 252 tokens [official code]
-STEP = 32      # input lengths are rounded up to this many frames: gives the official 1024 (10 s),
-               # 512 (5 s) and 128 (1 s); in between it is [ours]
+STEP = 32                            # EAT, ASiT: frames are rounded up to a multiple of it, which
+                                     # gives the official 1024 (10 s), 512, 128 (1 s) [ours]
 BLOCK = {"cpu": 8, "cuda": 64}       # 10 s clips in a batch, also the unit of resuming [ours]
-WRITERS = 3                          # threads that write a block, each a part of it [ours]
-MAX_BAD = 0.01                       # share of missing and unreadable clips that is accepted [ours]
-UNEVEN = 2000                        # rates with larger resampling kernels are refused [ours]
-AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # tried in this order when a table names another [ours]
+WRITERS = 3                          # threads that share the writing of a block [ours]
+MAX_BAD = 0.01                       # accepted share of missing or unreadable clips [ours]
+UNEVEN = 2000                        # rate / gcd above this needs a huge resampling kernel [ours]
+AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # tried if the file that a table names is missing [ours]
 SPLITS = {"training": "train", "dev": "train", "val": "valid", "validate": "valid",
           "validation": "valid", "eval": "test", "evaluation": "test", "testing": "test",
           "train": "train", "valid": "valid", "test": "test"}  # one spelling per split [ours]
-HUB = "https://huggingface.co"       # HF_ENDPOINT replaces it, as Hugging Face's own tools do
+HUB = "https://huggingface.co"       # HF_ENDPOINT overrides it, as in Hugging Face's own tools
 AMAE = "gaunernst/vit_base_patch16_1024_128.audiomae_as2m"
 Model = collections.namedtuple("Model", "family file sha256")
 
-# file: repository and name on HUB, the official one [official code] except where marked [?], since
-# which one the paper used is not published. sha256: "" where none is published; meta.json records
-# the one found. BEATs is a mirror: the official links need a browser.
+# file: repository and name on HUB [official code]; [?] where it is not known which one the paper
+# used. sha256: "" where none is published; meta.json records the one found. BEATs is a mirror, as
+# its official links need a browser. A new family also needs NORM, PREFIXES, IGNORED, RENAMES,
+# to_common and its switches in ViT and Encoder.
 MODELS = {
     "logmel": Model("logmel", "", ""),  # 16 x 16 patches of the log-mel, no network [ours]
     "random": Model("eat", "", ""),     # EAT without pretraining [ours]
@@ -103,12 +104,12 @@ class Stop(Exception):
     """A user error: its message is printed and the script exits with status 2."""
 
 
+
 # ---- waveform -> spectrogram (time-major), batched, on any device
 
 def mel_filters(kind):
-    """torchaudio's filters (257, mels): "kaldi" (128 from 20 Hz, slopes linear in mel, no Nyquist
-    bin) or "htk" (64 from 0 Hz, slopes linear in Hz). They are computed in float64 and then
-    rounded; in torchaudio's default float32 they are off by 1e-5."""
+    """torchaudio's filters (257, mels): "kaldi", 128 mels from 20 Hz, or "htk", 64 mels from 0 Hz.
+    Computed in float64: torchaudio's default float32 is off by 1e-5."""
     torch.set_default_dtype(torch.float64)
     try:
         if kind == "htk":
@@ -118,7 +119,6 @@ def mel_filters(kind):
         return F.pad(bins, (0, 1)).T.float()
     finally:
         torch.set_default_dtype(torch.float32)
-
 
 def kaldi_fbank(waves, filters, povey=False):
     """Log-mel as torchaudio.compliance.kaldi.fbank with 128 bins: (B, samples) -> (B, T, 128),
@@ -131,11 +131,9 @@ def kaldi_fbank(waves, filters, povey=False):
     power = torch.view_as_real(torch.fft.rfft(frames, FFT)).square().sum(-1)  # (B, T, 257)
     return (power @ filters).clamp(LOG_FLOOR).log()
 
-
 def decibel_mel(waves, filters):
-    """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The floor, 120 dB
-    below the maximum, is per clip: torchaudio's AmplitudeToDB takes it over the whole batch of a
-    3-D input, so a quiet clip would depend on its neighbors."""
+    """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The 120 dB floor is
+    per clip: torchaudio's AmplitudeToDB takes it over a batch, so clips depend on neighbors."""
     window = torch.hann_window(FFT, device=waves.device)
     spec = torch.stft(waves, FFT, HOP, window=window, center=True, pad_mode="reflect",
                       return_complex=True)
@@ -167,7 +165,6 @@ class Attention(torch.nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
-
 class Block(torch.nn.Module):
     """Transformer block: pre-norm, or post-norm with the residual weighted by alpha."""
 
@@ -176,42 +173,39 @@ class Block(torch.nn.Module):
         self.post, self.alpha = post, alpha
         self.norm1, self.norm2 = torch.nn.LayerNorm(D, eps), torch.nn.LayerNorm(D, eps)
         self.attn = Attention(D, heads, relative)
-        self.mlp = torch.nn.ModuleDict({"fc1": torch.nn.Linear(D, hidden),
-                                        "fc2": torch.nn.Linear(hidden, D)})
-
-    def feed(self, x):
-        return self.mlp.fc2(F.gelu(self.mlp.fc1(x)))                         # exact (erf) GELU
+        self.mlp = torch.nn.Sequential(collections.OrderedDict(  # GELU: the exact one (erf)
+            fc1=torch.nn.Linear(D, hidden), gelu=torch.nn.GELU(), fc2=torch.nn.Linear(hidden, D)))
 
     def residual(self, x):
-        return x if self.alpha == 1 else self.alpha * x  # times 1 is a pass over memory for nothing
+        return x if self.alpha == 1 else self.alpha * x                      # x * 1 would copy x
 
     def forward(self, x, bias):
         if self.post:
             x = self.norm1(self.residual(x) + self.attn(x, bias))
-            return self.norm2(self.residual(x) + self.feed(x))
+            return self.norm2(self.residual(x) + self.mlp(x))
         x = x + self.attn(self.norm1(x), bias)
-        return x + self.feed(self.norm2(x))
-
+        return x + self.mlp(self.norm2(x))
 
 class ViT(torch.nn.Module):
-    """The six encoders in one: sizes come from the checkpoint's shapes (after `to_common`), the
-    rest from its family. (B, T, mels) -> tokens (B, N, D), cls (B, D) or None. norm=False leaves
-    out the last norm. Raises KeyError if a shape is missing."""
+    """All the encoders as one network: (B, T, mels) -> tokens (B, N, D), cls (B, D) or None. Sizes
+    come from the shapes of a `to_common` checkpoint, the rest from the family. norm=False omits the
+    final norm. Raises KeyError if a shape is missing."""
 
     def __init__(self, shapes, family, norm=True):
         super().__init__()
-        stem, _, *patch = shapes["patch.weight"]
+        width, _, *patch = shapes["patch.weight"]
         D, hidden = shapes["blocks.0.norm1.weight"][0], shapes["blocks.0.mlp.fc1.weight"][0]
         depth = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
         heads = D // (80 if D == 1280 else 64)  # 1280: Dasheng 0.6B [official code]
         beats, self.post = family == "beats", family in ("beats", "eat")
         eps, alpha = (1e-5, (2 * depth) ** 0.25) if beats else (1e-6, 1)     # alpha: DeepNorm
-        self.patch = torch.nn.Conv2d(1, stem, patch, patch, bias=not beats)
+        self.patch = torch.nn.Conv2d(1, width, patch, patch, bias=not beats)
         self.stem = self.conv_pos = self.rel_bias = self.pos = self.cls = self.norm = None
         if beats:
-            self.stem = torch.nn.Sequential(torch.nn.LayerNorm(stem, eps), torch.nn.Linear(stem, D))
-            _, width, taps = shapes["conv_pos.weight"]
-            self.conv_pos = torch.nn.Conv1d(D, D, taps, padding=taps // 2, groups=D // width)
+            self.stem = torch.nn.Sequential(torch.nn.LayerNorm(width, eps),
+                                            torch.nn.Linear(width, D))
+            _, group, taps = shapes["conv_pos.weight"]
+            self.conv_pos = torch.nn.Conv1d(D, D, taps, padding=taps // 2, groups=D // group)
             self.rel_bias = torch.nn.Parameter(torch.empty(shapes["rel_bias"]))
         else:
             self.pos = torch.nn.Parameter(torch.empty(shapes["pos"]))
@@ -244,14 +238,13 @@ class ViT(torch.nn.Module):
             x = self.norm(x)
         return (x, None) if self.cls is None else (x[:, 1:], x[:, 0])
 
-
 @functools.lru_cache(maxsize=2)
 def rel_bucket(L, device):
     """(L, L) bucket of j - i: exact below 80, logarithmic up to 800 [official code: BEATs cfg]."""
     r = torch.arange(L)[None, :] - torch.arange(L)[:, None]
     a = r.abs()
     log = 80 + (a.clamp(1) / 80).log().div(math.log(800 / 80)).mul(80).long()
-    return (torch.where(a < 80, a, log.clamp(max=159)) + 160 * (r > 0)).to(device)  # 160 a sign
+    return (torch.where(a < 80, a, log.clamp(max=159)) + 160 * (r > 0)).to(device)  # r > 0: 160-319
 
 
 # ---- checkpoint -> ViT
@@ -262,7 +255,7 @@ IGNORED = {  # heads, decoders and buffers that the tokens do not need
     "amae": r"mask_token|decoder_|fc_norm\.|head\.", "asit": r"head_cls\.|head_recons\.|mlp_head\.",
     "beats": r"predictor\.", "dasheng": r"front_end\.|outputlayer\.|.*num_batches_tracked",
     "eat": r"decoder\.|recon_proj\.|shared_decoder\.|_ema|fc_norm\.|head\."}
-RENAMES = [  # official key -> ours, first match
+RENAMES = [  # official key -> ours
     (r"(patch_embed\.proj|local_encoder\.proj|patch_embedding)\.", "patch."),
     (r"(cls_token|extra_tokens)$", "cls"),
     (r"(pos_embed|fixed_positional_encoder\.positions)$", "pos"),
@@ -274,8 +267,8 @@ RENAMES = [  # official key -> ours, first match
     (r"encoder\.layers\.(\d+)\.fc", r"blocks.\1.mlp.fc"),
     (r"encoder\.layers\.(\d+)\.self_attn\.out_proj", r"blocks.\1.attn.proj"),
     (r"encoder\.layers\.(\d+)\.self_attn\.grep_linear", r"blocks.\1.attn.grep"),
+    (r"encoder\.layers\.\d+\.self_attn\.relative_attention_bias\.weight", "rel_bias"),  # all equal
     (r"encoder\.layers\.(\d+)\.self_attn\.", r"blocks.\1.attn.")]
-
 
 def read_checkpoint(file):
     """{key: tensor} of a .safetensors file or a torch pickle (weights only: tensors, plain
@@ -287,42 +280,33 @@ def read_checkpoint(file):
                  (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)]
         with torch.serialization.safe_globals([argparse.Namespace, *paths]):
             state = torch.load(file, map_location="cpu", weights_only=True)
-        inner = [state[k] for k in ("model", "teacher", "state_dict")
-                 if isinstance(state.get(k), dict)]
-        state = inner[0] if inner else state
+        state = next((state[key] for key in ("model", "teacher", "state_dict")
+                      if isinstance(state.get(key), dict)), state)
         return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # drops e.g. _ema
-    except Exception as e:  # each reader has its own errors for the same two causes
+    except Exception as e:  # the readers raise different errors for a damaged file
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}".split(". ")[0][:160]
-        raise Stop(f"{file}: not a complete checkpoint of plain tensors ({reason}); delete it and "
-                   f"download it again")
-
+        raise Stop(f"{file} cannot be read as a checkpoint ({reason}); delete it and download it "
+                   f"again")
 
 def to_common(state, family):
     """Official keys and layouts -> the ViT's: one fused qkv, cls as (D,), positions as rows whose
     first is [cls]'s, time-major patch kernels, weight norm folded in."""
     out = {}
     for key, value in state.items():
-        while prefix := next((p for p in PREFIXES[family] if key.startswith(p)), ""):
+        while prefix := next((p for p in PREFIXES[family] if key.startswith(p)), ""):  # may nest
             key = key[len(prefix):]
-        if re.match(IGNORED[family], key):
-            continue
-        for old, new in RENAMES:
-            key, matched = re.subn("^" + old, new, key, count=1)
-            if matched:
-                break
-        out[key] = value.float()
-    if "cls" in out:
-        out["cls"] = out["cls"].flatten()
-    if "pos" in out:
-        out["pos"] = out["pos"][0]                                           # (rows, D)
-        if family == "eat":  # official EAT adds no position to [cls]
-            out["pos"] = F.pad(out["pos"], (0, 0, 1, 0))
+        if not re.match(IGNORED[family], key):
+            for old, new in RENAMES:
+                key = re.sub("^" + old, new, key)
+            out[key] = value.float()
+    if family in ("amae", "asit", "eat"):
+        out["cls"], out["pos"] = out["cls"].flatten(), out["pos"][0]         # (D,), (rows, D)
+    if family == "eat":  # official EAT adds no position to [cls]
+        out["pos"] = F.pad(out["pos"], (0, 0, 1, 0))
     if family == "dasheng":
         out["pos"] = (out.pop("time_pos_embed") + out.pop("freq_pos_embed"))[0, :, 0].T
         out["patch.weight"] = out["patch.weight"].transpose(2, 3)            # (D, 1, 4, 64)
     if family == "beats":
-        for key in [k for k in out if k.endswith("relative_attention_bias.weight")]:
-            out["rel_bias"] = out.pop(key)                                   # same in every layer
         g, v = out.pop("conv_pos.weight_g"), out.pop("conv_pos.weight_v")
         out["conv_pos.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)    # weight norm
         for key in [k for k in out if ".attn.q_proj." in k]:
@@ -330,7 +314,6 @@ def to_common(state, family):
             out[key.replace("q_proj", "qkv")] = torch.cat(qkv)
         out |= {k: v.flatten() for k, v in out.items() if k.endswith("grep_a")}
     return out
-
 
 def random_state():
     """EAT-base with seeded random weights, in common keys: what is left without pretraining [ours].
@@ -351,18 +334,14 @@ def random_state():
     del out["cls.bias"]
     return out | {"cls": out.pop("cls.weight"), "pos": F.pad(rows, (0, 0, 1, 0))}
 
-
 def resize_rows(pos, T):
     """ASiT's learned positions for T time steps: the middle of the table, or bilinear between
     its rows where the clip is longer [AST's recipe, second-hand]; row 0 is [cls]'s."""
     table = pos[1:].T.reshape(1, pos.shape[1], -1, 8)                        # (1, D, T0, 8)
-    T0 = table.shape[2]
-    if T <= T0:
-        first = T0 // 2 - T // 2
-        table = table[:, :, first:first + T]
-    else:
-        table = F.interpolate(table, (T, 8), mode="bilinear", align_corners=False)
-    return torch.cat([pos[:1], table[0].flatten(1).T])
+    if T > table.shape[2]:
+        table = F.interpolate(table, (T, 8), mode="bilinear")
+    first = table.shape[2] // 2 - T // 2
+    return torch.cat([pos[:1], table[0, :, first:first + T].flatten(1).T])
 
 
 # ---- the encoder
@@ -395,8 +374,8 @@ class Encoder:
             self.dim, self.has_cls = len(self.vit.blocks[0].norm1.weight), self.vit.cls is not None
             limit = (len(self.vit.pos) - 1) // 8 * 16 if self.has_cls else math.inf
         if self.grid[0] < 1 or samples < FRAME or max(frames, self.frames) > limit:
-            raise Stop(f"clips of {seconds:g} s are shorter than a token of {model}, or longer than "
-                       f"the {limit} frames of 10 ms it has positions for; see datasets.txt")
+            bound = "too short for a token" if frames < 16 else f"over the {limit} frames (10 ms)"
+            raise Stop(f"clips of {seconds:g} s are {bound} of {model}; see datasets.txt")
 
     def load(self, model, file):
         """Set vit, and Dasheng's scale and shift, from a checkpoint or at random."""
@@ -416,9 +395,10 @@ class Encoder:
             raise Stop(f"{file}: not a checkpoint of {model} ({' '.join(str(e).split())[:200]}); "
                        f"check --model and --checkpoint")
         self.vit.eval().requires_grad_(False).to(self.device)
-        for module in self.vit.modules() if self.half else ():  # else autocast does it every time
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)):
-                module.half()
+        if self.half:  # once, or autocast would do it in every batch
+            for module in self.vit.modules():
+                if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d)):
+                    module.half()
 
     def spectrogram(self, waves):
         """(B, samples) -> the network's input, normalized (B, frames, mels), fp32."""
@@ -436,9 +416,8 @@ class Encoder:
     def __call__(self, waves):
         spec = self.spectrogram(waves.to(self.device, non_blocking=True))
         if self.vit is None:  # logmel: a token is a 16 x 16 patch, flattened
-            T = self.grid[0]
-            patches = spec[:, :16 * T].unflatten(1, (T, 16)).unflatten(3, (8, 16))
-            return patches.transpose(2, 3).flatten(3).flatten(1, 2), None    # (B, T*8, 256)
+            patches = F.unfold(spec[:, None], 16, stride=16).transpose(1, 2)
+            return patches[:, :math.prod(self.grid)].contiguous(), None      # (B, T*8, 256)
         with torch.autocast(self.device, torch.float16, enabled=self.half):
             if self.family == "dasheng" and spec.shape[1] > CHUNK:
                 parts = [F.pad(x, (0, 0, 0, CHUNK - x.shape[1])) for x in spec.split(CHUNK, 1)]
@@ -447,16 +426,17 @@ class Encoder:
                 tokens, cls = self.vit(spec)
         return tokens[:, :self.grid[0] * self.grid[1]], cls
 
-
 def find_checkpoint(model, file):
     """(path or None, {source, sha256} or None): the given file, or the official one, downloaded
     once into torch.hub's folder. Raises Stop."""
     source, name, known = file, MODELS[model].file, MODELS[model].sha256
-    if model in ("logmel", "random"):
+    if model in ("logmel", "random") and not file:
         return None, None
+    if model in ("logmel", "random"):
+        raise Stop(f"{model} has no weights; leave --checkpoint out")
     if not file and not name:
-        raise Stop(f"the weights of {model} have no address that a script can fetch (the official "
-                   f"repository links to a cloud drive); give the file you have with --checkpoint")
+        raise Stop(f"a script cannot download the weights of {model} (the official repository "
+                   f"links to a cloud drive); give the file you have with --checkpoint")
     if not file:
         source = f"{HUB}/" + "/resolve/main/".join(name.rsplit("/", 1))
         file = os.path.join(torch.hub.get_dir(), "checkpoints", f"{model}-{name.split('/')[-1]}")
@@ -464,7 +444,7 @@ def find_checkpoint(model, file):
             download(f"{source}#{known}", file)
     sha256 = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
     for other in MODELS:  # EAT's and SSLAM's files have the same keys and shapes
-        if MODELS[other].sha256 == sha256 != known:
+        if MODELS[other].sha256 == sha256 and other != model:
             raise Stop(f"{file}: this is the official checkpoint of {other}; use --model {other}")
     return file, {"source": source, "sha256": sha256}
 
@@ -476,31 +456,28 @@ def resampler(rate):
     """torchaudio's windowed-sinc resampler to RATE; its kernel is made once per source rate."""
     return torchaudio.transforms.Resample(rate, RATE)
 
-
 def read_wave(file, start, seconds):
     """float32 (seconds * RATE,) at most: mean of channels, resampled, cropped at the end. Raises
     ValueError, or soundfile's own errors, for what cannot be used."""
     with soundfile.SoundFile(file) as f:
         rate, first = f.samplerate, round(start * f.samplerate)
         if f.frames <= first:
-            raise ValueError(f"it ends at {f.frames / rate:.2f} s, before its start")
+            raise ValueError(f"the file ends at {f.frames / rate:.2f} s, before the clip starts")
         f.seek(first)
         wave = f.read(math.ceil(seconds * rate), dtype="float32", always_2d=True)
     if len(wave) < min(f.frames - first, seconds * rate) - 0.1 * rate or not len(wave):
         raise ValueError(f"only {len(wave) / rate:.2f} s of it could be decoded")
     if rate // math.gcd(rate, RATE) > UNEVEN:
-        raise ValueError(f"a sample rate of {rate} Hz; resample it to {RATE}")
+        raise ValueError(f"unsupported sample rate of {rate} Hz; resample it to {RATE}")
     wave = torch.from_numpy(wave)                                            # (samples, channels)
     wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # mean(1) takes 7 times as long
     if not wave.sum().isfinite():
-        raise ValueError("samples that are not numbers (NaN or infinite)")
+        raise ValueError("it contains NaN or infinite samples")
     return (wave if rate == RATE else resampler(rate)(wave))[:round(seconds * RATE)]
 
-
 def read_block(root, clips, seconds, pin, rows):
-    """waves (B, samples) and failed {row: reason} of some clips. Shorter clips are zero-padded
-    [ours; most official code pads the log-mel with 0]. An unreadable clip becomes silence, so the
-    rest of its batch is unaffected."""
+    """waves (B, samples), failed {row: reason}. Shorter clips are zero-padded [ours; most official
+    code pads the log-mel]. An unreadable clip becomes silence: its batch is unaffected."""
     waves, failed = torch.zeros(len(rows), round(seconds * RATE)), {}
     for i, row in enumerate(rows):
         try:
@@ -509,7 +486,6 @@ def read_block(root, clips, seconds, pin, rows):
         except (ValueError, RuntimeError, OSError, EOFError, TypeError) as e:
             failed[row] = " ".join(str(e).split()) or type(e).__name__
     return waves.pin_memory() if pin else waves, failed
-
 
 def in_order(pool, function, items, ahead):
     """Yield function(item) for each item, in order; the pool computes up to `ahead` items early."""
@@ -521,10 +497,8 @@ def in_order(pool, function, items, ahead):
     while jobs:
         yield jobs.popleft().result()
 
-
 def one_core(device):
-    """What a reading or writing thread begins with: torch's own threads must not multiply in it,
-    and its GPU is this rank's."""
+    """Thread initializer: one torch thread, and this rank's GPU."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -532,14 +506,13 @@ def one_core(device):
 
 # ---- datasets
 #
-# A reader yields (path below root, split, labels[, start, (onset, offset)]) from the tables as they
-# unpack. "**/name" is a file anywhere below root. A clip met again adds its labels and keeps its
-# first split. A path of None only names classes.
+# A reader yields (path below root, split, labels[, start, (onset, offset)]) from the tables as
+# unpacked. "**/name" is a file anywhere below root. A repeated clip keeps its first split and gains
+# labels. A path of None only declares classes.
 
 def table(file, columns=(), optional=()):
-    """Yield the named columns of a comma (.csv) or tab (other) separated file, "" for an optional
-    one that is missing; without names, all cells of a file without header. Lines that begin with #
-    are comments. Raises Stop."""
+    """Rows of a .csv (commas) or any other file (tabs), without # comment lines: the named columns
+    ("" for a missing optional one), or every cell of a file without header. Raises Stop."""
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(("\n" if line.startswith("#") else line for line in lines),
                           delimiter="," if file.endswith(".csv") else "\t", skipinitialspace=True)
@@ -547,19 +520,18 @@ def table(file, columns=(), optional=()):
             header = [name.strip() for name in next(rows, [])] if columns else []
             for row in filter(None, rows):
                 if columns and (len(row) != len(header) or not set(columns) <= set(header)):
-                    raise ValueError(f"{','.join(row)[:80]} does not fit {','.join(header)}; "
-                                     f"needed are {','.join(columns)}, and quotes around commas")
+                    raise ValueError(f"row {','.join(row)[:80]} does not match the header "
+                                     f"{','.join(header)}; it needs {','.join(columns)}, and "
+                                     f"cells with commas need quotes")
                 cells = dict(zip(header, row))
                 yield [cells.get(name, "") for name in (*columns, *optional)] if columns else row
         except (ValueError, csv.Error) as e:
-            raise Stop(f"{file}:{rows.line_num}: {e}; correct it and save it as UTF-8")
-
+            raise Stop(f"{file}:{rows.line_num}: {e}; fix the line, and save the file as UTF-8")
 
 def drawn(name, train):
     """A split by hash of the name, the same on every machine: `train` percent are train [ours]."""
     point = int(hashlib.md5(name.encode()).hexdigest()[:8], 16) / 2**32
     return "train" if 100 * point < train else "test"
-
 
 def manifest(root):
     """The default: your own data/<name>/manifest.csv, labels joined with ;"""
@@ -605,16 +577,16 @@ def spass(root, merged={}):
 
 def spass28(root):
     """How 33 names become the paper's 28 is a guess [ours]: idling and moving are one, and so are
-    buses and trucks, as in its makers' taxonomy. Vwater, boats, stays apart from water."""
+    buses and trucks, as in its makers' taxonomy. "Vwater" (boats) is not "water"."""
     vehicles = {"car": "car", "motorcycle": "motorcycle", "bus": "bus_truck", "truck": "bus_truck"}
     return spass(root, {f"{vehicle}_{does}": new for vehicle, new in vehicles.items()
                         for does in ("idling", "moving")})
 
 def urban(root):
     for file in sorted(glob.glob(f"{root}/annotations/*/*.txt")):
-        split, stem = pathlib.Path(file).parts[-2:]
+        split, name = pathlib.Path(file).parts[-2:]
         for onset, offset, label in table(file):
-            yield f"audio/{split}/{stem[:-4]}.wav", split, [label], 0, (onset, offset)
+            yield f"audio/{split}/{name[:-4]}.wav", split, [label], 0, (onset, offset)
 
 def esc50(root):
     for name, fold, label in table(f"{root}/meta/esc50.csv", ("filename", "fold", "category")):
@@ -645,11 +617,10 @@ def birdset(root, seed=1):
     for row in test:
         yield f"**/{os.path.basename(row['filepath'])}", "test", row["ebird_code_multilabel"] or []
 
-
 def few_shot(rows, shots, seconds, seed):
     """Yield (row, start) by Bird-MAE's lenient k-shot rule for BirdSet's train table, no fill-up:
     recordings of at most 20 s without secondary species; of each, the events of the most frequent
-    cluster (the first of equals; -1, noise, only if it is the one event there is), without those
+    cluster (the first of equals; -1, noise, only if it is the only event), without those
     inside another; one at random is primary; k primaries per species, else all of them and others
     up to k [official code]. The clip is centered on the event, where BirdSet takes a random 5 s,
     and equal clips of a recording count once, so a seed gives the same clips anywhere [ours]."""
@@ -676,55 +647,52 @@ def few_shot(rows, shots, seconds, seed):
         taken = rng.sample(primary, min(shots, len(primary)))
         yield from taken + rng.sample(others, min(shots - len(taken), len(others)))
 
-
 BIRDSET = "hsn", "nbp", "nes", "per", "pow", "sne", "uhh"  # the paper's seven
-READERS = {"as20k": as20k, "fsd50k": fsd50k, "desed": desed, "desed_public": desed_public,
-           "spass": spass, "spass28": spass28, "urban": urban, "esc50": esc50, "sc2": sc2,
-           "fsdd": fsdd, **dict.fromkeys(BIRDSET, birdset)}
+READERS = {f.__name__: f for f in (as20k, fsd50k, desed, desed_public, spass, spass28, urban, esc50,
+                                   sc2, fsdd)} | dict.fromkeys(BIRDSET, birdset)
 Clip = collections.namedtuple("Clip", "path start split labels")  # labels: a set
 
-
 def read_clips(root, rows, task):
-    """clips [Clip], missing {(path, start): split}, classes, events [(path, onset, offset, label)]
-    of a reader's rows. Classes are those of all rows, sorted, so a missing file never drops or
-    moves one. Raises Stop."""
-    clips, missing, classes, events = {}, {}, set(), []
-    for row in rows:
-        wanted, split, labels, start, times = (*row, 0, None)[:5]
-        labels = {label.strip() for label in labels} - {""}
-        classes |= labels
-        if wanted is None:
-            continue
-        split, path = SPLITS.get(split.lower(), split), find_audio(root, wanted)
-        if not split or re.search("[;\r\n]", "".join(labels)) or not re.fullmatch(
-                r"\d*\.?\d*", str(start).strip()):
-            raise Stop(f"{root}: {wanted} has the split {split!r}, the start {start!r}, the labels "
-                       f"{labels}; a split, seconds, and labels without ; are needed")
-        if path is None:
-            missing.setdefault((wanted, float(start or 0)), split)
-            continue
-        clip = Clip(path, float(start or 0), split, set())
-        clips.setdefault(clip[:2], clip).labels.update(labels)
-        events += [(path, *map(float, times), label) for label in sorted(labels) if times]
+    """A reader's rows -> clips [Clip], missing {(path, start): split}, classes (sorted, of all
+    rows: a missing file drops none), events [(path, onset, offset, label)]. Raises Stop."""
+    clips, missing, classes, events, row = {}, {}, set(), [], "the first row"
+    try:
+        for row in rows:
+            wanted, split, labels, start, times = (*row, 0, None)[:5]
+            labels = {label.strip() for label in labels} - {""}
+            classes |= labels
+            if wanted is None:
+                continue
+            split, start = SPLITS.get(split.lower(), split), float(start or 0)
+            if not split or not 0 <= start < math.inf or re.search("[;\r\n]", "".join(labels)):
+                raise ValueError("it needs a split, a start of 0 s or more and labels without ;")
+            path = find_audio(root, wanted)
+            if path is None:
+                missing.setdefault((wanted, start), split)
+                continue
+            clip = Clip(path, start, split, set())
+            clips.setdefault(clip[:2], clip).labels.update(labels)
+            events += [(path, *map(float, times), label) for label in sorted(labels) if times]
+    except (ValueError, KeyError) as e:  # KeyError: a column of a parquet file
+        raise Stop(f"{root}: {str(row)[:200]} cannot be used ({e}); fix the table")
     for clip in clips.values():
         if task == "single" and len(clip.labels) != 1:
-            raise Stop(f"{root}: {clip.path} has the labels {sorted(clip.labels)}, a 'single' "
-                       f"dataset has one per clip; correct the table or call it 'multi'")
+            raise Stop(f"{root}: {clip.path} has the labels {sorted(clip.labels)}, but a 'single' "
+                       f"dataset needs exactly one; fix the table, or make it 'multi'")
     return list(clips.values()), missing, sorted(classes), events
 
-
 def find_audio(root, wanted):
-    """The path of a file below root, also with another audio ending; None if there is none."""
+    """The path of a file below root, trying other audio endings too; None if there is none."""
     stem, ending = os.path.splitext(wanted)
-    for name in [wanted] + [stem + e for e in AUDIO if ending in AUDIO]:
+    others = AUDIO if ending in AUDIO else ()
+    for name in [wanted] + [stem + other for other in others]:
         if name.startswith("**/"):
-            name, *others = files_by_name(root).get(name[3:], [""])
-            if others:
-                raise Stop(f"{root}: {name} and {others[0]} could both be {wanted}; remove one")
+            name, *more = files_by_name(root).get(name[3:], [""])
+            if more:
+                raise Stop(f"{root}: {name} and {more[0]} both match {wanted}; remove one")
         if name and os.path.isfile(os.path.join(root, name)):
             return os.path.normpath(name).replace(os.sep, "/")
     return None
-
 
 @functools.lru_cache(maxsize=1)
 def files_by_name(root):
@@ -733,7 +701,6 @@ def files_by_name(root):
         for name in names:
             found[name].append(os.path.relpath(os.path.join(folder, name), root))
     return found
-
 
 def read_datasets(file="datasets.txt"):
     """{name: (task, seconds, classes, urls)}. {01..03} in a URL counts; one without :// lies beside
@@ -745,13 +712,13 @@ def read_datasets(file="datasets.txt"):
             fits = re.fullmatch(r"\S+ (single|multi) \d+(\.\d+)? \d+", " ".join(words[:4]))
             if not fits or words[0] in sets:
                 raise Stop(f"{file}:{number}: {line!r} is not 'name task seconds classes [URL]', "
-                           f"where task is single or multi and the name is new")
+                           f"where task is single or multi, and names are unique")
             name, task, seconds, classes, *words = words
             sets[name] = task, float(seconds), int(classes), (urls := [])
         for word in words:
             word = urllib.parse.urljoin(urls[-1], word) if urls else word
             if "://" not in word or not sets:
-                raise Stop(f"{file}:{number}: {word} is no URL; a dataset's line is not indented")
+                raise Stop(f"{file}:{number}: {word} is not a URL (do not indent a dataset's line)")
             first, last = re.search(r"\{(\d+)\.\.(\d+)\}|$", word).groups()
             numbers = range(int(first), int(last) + 1) if first else [0]
             urls += [re.sub(r"\{.*\}", str(i).zfill(len(first or "")), word) for i in numbers]
@@ -769,16 +736,15 @@ def download(url, file):
         with urllib.request.urlopen(url) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
         torch.hub.download_url_to_file(url, file + ".part", sha256 or None)
-        if size and os.path.getsize(file + ".part") != size:  # torch.hub does not look
+        if size and os.path.getsize(file + ".part") != size:  # torch.hub does not check
             raise OSError(f"{os.path.getsize(file + '.part'):,} of {size:,} bytes arrived")
-    except Exception as e:  # of the network, the disk or a checksum
+    except Exception as e:  # network, disk or checksum
         raise Stop(f"{url}: {e}; run the same command again, or download it by hand to {file}")
     os.replace(file + ".part", file)
 
-
 def fetch_dataset(root, urls):
-    """Download and unpack the archives of a dataset. Root appears when everything is in it, without
-    the one folder at the top of the archives; finished downloads survive a stop. Raises Stop."""
+    """Download and unpack the archives of a dataset. Root appears only when complete, without a
+    single top-level folder; finished downloads survive a stop. Raises Stop."""
     parts, new = root + ".download", root + ".unpacking"
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
@@ -789,23 +755,23 @@ def fetch_dataset(root, urls):
     for file in files:
         print(f"unpacking {file}", file=sys.stderr)
         try:
+            whole = file
             if file.endswith(".zip") and os.path.exists(file[:-3] + "z01"):  # a split zip
-                split, file = file, file[:-4] + ".whole.zip"
-                subprocess.run(["zip", "-q", "-s", "0", split, "--out", file], check=True,
-                               input=b"q\n")  # or it asks for a missing part forever
-            if file.endswith((".tar", ".tar.gz")):
-                shutil.unpack_archive(file, new, filter="data")
-                with gzip.open(file) if file.endswith("gz") else open(file, "rb") as f:
-                    while f.read(1 << 24):  # to the end, where gzip has its checksum
+                whole = file[:-4] + ".whole.zip"
+                subprocess.run(["zip", "-q", "-s", "0", file, "--out", whole], check=True,
+                               input=b"q\n")  # quit, if it asks for a missing part
+            if file.endswith(".tar.gz"):
+                with gzip.open(file) as f:  # tar stops before gzip's checksum, at the very end
+                    while f.read(1 << 24):
                         pass
-            elif file.endswith(".zip"):
-                shutil.unpack_archive(file, new)
+            if whole.endswith((".zip", ".tar", ".tar.gz")):
+                shutil.unpack_archive(whole, new, filter=None if whole.endswith("zip") else "data")
             elif not re.search(r"\.z\d\d$", file):
                 shutil.copy(file, new)
         except Exception as e:  # every kind of archive has its own errors
-            raise Stop(f"{file} cannot be unpacked ({e}); delete it and run the command again, or "
-                       f"unpack it by hand into {root} (the program zip joins the parts of a split "
-                       f"zip: zip -s 0 NAME.zip --out whole.zip)")
+            raise Stop(f"{file} cannot be unpacked ({e}); delete it, or all of {parts}, and run "
+                       f"the command again, or unpack it by hand into {root} (the program zip joins "
+                       f"a split zip: zip -s 0 NAME.zip --out whole.zip)")
     inside = glob.glob(f"{new}/*")
     os.rename(inside[0] if len(inside) == 1 and os.path.isdir(inside[0]) else new, root)
     for rest in (new, parts):
@@ -821,14 +787,14 @@ def open_dump(folder, meta, clips, classes, events):
         try:
             old = dict(json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8")))
         except (OSError, ValueError) as e:
-            raise Stop(f"{folder}/meta.json cannot be read ({e}); --overwrite starts over")
+            raise Stop(f"{folder}/meta.json cannot be read ({e}); use --overwrite to start over")
         differ = [f"{key}: {old.get(key)}, now {meta[key]}" for key in meta
                   if key not in ("versions", "checkpoint") and old.get(key) != meta[key]]
         was, now = ((m.get("checkpoint") or {}).get("sha256") for m in (old, meta))
         if differ or was != now:
             differ += [f"checkpoint: sha256 {was}, now {now}"] * (was != now)
             raise Stop(f"{folder} was extracted with other settings ({'; '.join(differ)}); "
-                       f"--overwrite starts over")
+                       f"use --overwrite to start over")
         return
     new, n = folder + ".new", len(clips)
     shutil.rmtree(new, ignore_errors=True)
@@ -838,7 +804,7 @@ def open_dump(folder, meta, clips, classes, events):
     np.save(f"{new}/state.npy", np.zeros(n, np.uint8))
     for name, shape in (("cls", ()), ("tokens", (math.prod(meta["grid"]),))):
         np.lib.format.open_memmap(f"{new}/{name}.npy", "w+", np.float16, (n, *shape, meta["dim"]))
-        if hasattr(os, "posix_fallocate"):  # claim the space now, not in the middle of the night
+        if hasattr(os, "posix_fallocate"):  # reserve the space now: a full disk fails at once
             with open(f"{new}/{name}.npy", "r+b") as f:
                 os.posix_fallocate(f.fileno(), 0, os.path.getsize(f.name))
     for name, header, rows in (("clips", "path,start,split,labels", clip_rows(clips)),
@@ -850,14 +816,12 @@ def open_dump(folder, meta, clips, classes, events):
     pathlib.Path(new, "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     os.rename(new, folder)
 
-
 def clip_rows(clips):
     return [(c.path, f"{c.start:.12g}", c.split, ";".join(sorted(c.labels))) for c in clips]
 
-
 def write_rows(file, first, rows):
-    """Write rows of a .npy file from row `first` on. By seek and write, not through a map: machines
-    that share a file system share its pages. Raises Stop for tokens that overflow float16."""
+    """Write rows of a .npy file from row `first` on. Not through a memory map: machines that share
+    a file system would overwrite each other's pages. Raises Stop if tokens overflow float16."""
     if not np.isfinite(rows).all():
         raise Stop(f"{file}: rows {first} to {first + len(rows) - 1} overflow float16; check the "
                    f"checkpoint, and these clips in clips.csv")
@@ -867,72 +831,67 @@ def write_rows(file, first, rows):
         f.seek(array.offset + first * array.strides[0])
         f.write(np.ascontiguousarray(rows))
 
-
-def save_block(folder, writers, rows, failed, arrays, ready):
-    """Write the rows of a block, each thread a part, then their bytes in state.npy: a kill loses
-    nothing that is marked (a power cut may). Rows of unreadable clips, `failed`, are zeros."""
+def save_block(folder, writers, block, failed, arrays, ready):
+    """Write the rows of a block, each thread a part, then their bytes in state.npy: blocks that are
+    marked survive a kill, though not a power cut. Rows of unreadable clips, `failed`, are zeros.
+    Returns the seconds this took."""
     if ready:
         ready.synchronize()
-    jobs, step = [], -(-len(rows) // WRITERS)
+    begin, jobs, step = time.time(), [], -(-len(block) // WRITERS)
     for name, array in arrays.items():
-        array[[row - rows[0] for row in failed]] = 0
-        jobs += [writers.submit(write_rows, f"{folder}/{name}.npy", rows[i], array[i:i + step])
-                 for i in range(0, len(rows), step)]
+        array[[row - block[0] for row in failed]] = 0
+        jobs += [writers.submit(write_rows, f"{folder}/{name}.npy", block[i], array[i:i + step])
+                 for i in range(0, len(block), step)]
     for job in jobs:
         job.result()
-    marks = np.array([2 if row in failed else 1 for row in rows], np.uint8)
-    write_rows(f"{folder}/state.npy", rows[0], marks)
-
+    marks = np.array([2 if row in failed else 1 for row in block], np.uint8)
+    write_rows(f"{folder}/state.npy", block[0], marks)
+    return time.time() - begin
 
 def fill_dump(folder, root, encoder, clips, seconds, most_bad):
-    """Encode the unfinished blocks of this rank, every n-th of all. Raises Stop."""
-    rank, world, here = (int(os.environ.get(name, default)) for name, default in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    """Encode the unfinished blocks of this rank, every n-th one. Raises Stop."""
+    rank, world, local_world = (int(os.environ.get(name, default)) for name, default in
+                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     size, cuda = max(1, int(BLOCK[encoder.device] * min(1, 10 / seconds))), encoder.device == "cuda"
     state = np.load(f"{folder}/state.npy")
     blocks = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
-    todo = [rows for rows in blocks[rank::world] if (state[rows.start:rows.stop] != 1).any()]
+    todo = [block for block in blocks[rank::world] if (state[block.start:block.stop] != 1).any()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(2, cores // here - 3)  # the other cores feed the GPU and write
+    threads = max(2, cores // local_world - 3)  # leaves 3 for encoding and writing
     readers, saver, writers = (concurrent.futures.ThreadPoolExecutor(
         n, initializer=one_core, initargs=(encoder.device,)) for n in (threads, 1, WRITERS))
     read = functools.partial(read_block, root, clips, seconds, cuda)
     bar = tqdm(total=sum(map(len, todo)), unit="clip", mininterval=1 if sys.stderr.isatty() else 60)
-    job, begin, waited = None, time.time(), 0
+    begin, writing = time.time(), 0
     with readers, writers, saver, bar:
-        for rows, (waves, failed) in zip(todo, in_order(readers, read, todo, threads + 2)):
+        job = saver.submit(float)  # saves the block before; at first there is none
+        for block, (waves, failed) in zip(todo, in_order(readers, read, todo, threads + 2)):
             for row, reason in failed.items():
                 bar.write(f"unreadable: {clips[row].path}: {reason}", file=sys.stderr)
             most_bad -= len(failed)
             refuse_bad(most_bad)
             tokens, cls = encoder(waves)
             arrays = {"tokens": tokens, "cls": tokens.mean(1) if cls is None else cls}
-            # from CUDA into pinned memory, where they have arrived when `ready` has passed
+            # from CUDA into pinned memory, complete once `ready` is reached
             arrays = {name: x.half().to("cpu", non_blocking=True).numpy()
                       for name, x in arrays.items()}
-            ready = cuda and torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True))
-            waited -= time.time()
-            if job:
-                job.result()
-            waited += time.time()
-            job = saver.submit(save_block, folder, writers, rows, failed, arrays, ready)
-            bar.update(len(rows))
-        if job:
-            job.result()
-    if waited > 0.05 * (time.time() - begin):
-        rate = bar.n * math.prod(encoder.grid) * encoder.dim * 2e-9 / (time.time() - begin)
-        print(f"the encoder waited {waited:.0f} s for the disk ({rate:.2f} GB/s written)")
-
+            ready = cuda and torch.cuda.current_stream().record_event(
+                torch.cuda.Event(blocking=True))
+            writing += job.result()
+            job = saver.submit(save_block, folder, writers, block, failed, arrays, ready)
+            bar.update(len(block))
+        writing += job.result()
+    if writing > 0.9 * (time.time() - begin):
+        size = bar.n * math.prod(encoder.grid) * encoder.dim * 2e-9
+        print(f"the disk was the limit: {size / writing:.2f} GB/s written")
 
 def refuse_bad(most_bad):
     if most_bad < 0:
         raise Stop(f"more than {MAX_BAD:.0%} of the clips are missing or unreadable; fix them, or "
-                   f"--allow-bad continues without them")
-
+                   f"use --allow-bad")
 
 def print_report(clips, missing, state, classes):
-    """One row per split. Prevalence: the mean share of clips a class is in, the macro mAP of a
-    constant score."""
+    """One row per split. Prevalence: mean share of clips per class, the macro mAP of a constant."""
     print(f"{'split':>12} {'clips':>8} {'missing':>8} {'unreadable':>11} {'prevalence':>11}")
     for split in dict.fromkeys([*(clip.split for clip in clips), *missing.values()]):
         here = [(clip, s) for clip, s in zip(clips, state) if clip.split == split]
@@ -940,9 +899,8 @@ def print_report(clips, missing, state, classes):
         labels = sum(len(clip.labels) for clip in good) / max(1, len(good) * len(classes))
         print(f"{split:>12} {len(good):8,} {list(missing.values()).count(split):8,} "
               f"{len(here) - len(good):11,} {labels:11.1%}")
-    for path, start in list(missing)[:3]:
+    for path, _ in list(missing)[:3]:
         print(f"missing: {path}")
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -950,22 +908,22 @@ def main():
     flag = parser.add_argument
     flag("--model", default="logmel", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
     flag("--data", default="demo", metavar="NAME", help="a line of datasets.txt (default demo)")
-    flag("--checkpoint", metavar="FILE", help="weights you have (default: the official ones)")
+    flag("--checkpoint", metavar="FILE", help="use these weights (default: the official ones)")
     flag("--shots-seed", type=int, default=1, metavar="N", help="which few-shot subset of BirdSet")
     flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is one",
          default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--precision", choices=("fp32", "fp16"), help="default: fp16 on cuda, fp32 on cpu")
-    flag("--allow-bad", action="store_true", help="accept any share of missing, unreadable clips")
-    flag("--overwrite", action="store_true", help="discard an existing dump (not for resuming)")
+    flag("--allow-bad", action="store_true", help="accept any share of missing or unreadable clips")
+    flag("--overwrite", action="store_true", help="discard an existing dump and start over")
     args = parser.parse_args()
     sets, root, folder = read_datasets(), f"data/{args.data}", f"tokens/{args.data}/{args.model}"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.data not in sets:
         raise Stop(f"unknown dataset {args.data}; datasets.txt has {' '.join(sets)}")
     if args.overwrite and world > 1:
-        raise Stop(f"--overwrite is for one process; remove {folder} and leave it out")
+        raise Stop(f"--overwrite works with one process only; delete {folder} and drop the flag")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("torch finds no CUDA device; leave --device out")
+        raise Stop("no CUDA device found; drop --device")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     while rank and not os.path.exists(folder):  # rank 0 downloads and creates what is missing
@@ -973,19 +931,19 @@ def main():
     task, seconds, number, urls = sets[args.data]
     if not os.path.isdir(root):
         if not urls:
-            how = "python tests/demo.py writes it" if args.data == "demo" else "see datasets.txt"
+            how = "run python tests/demo.py" if args.data == "demo" else "see datasets.txt"
             raise Stop(f"{root} does not exist; {how}")
         fetch_dataset(root, urls)
     reader = READERS.get(args.data, manifest)
     rows = birdset(root, args.shots_seed) if reader is birdset else reader(root)
     clips, missing, classes, events = read_clips(root, rows, task)
     if os.path.exists(f"{root}/events.csv"):
-        events = [(find_audio(root, path) or path, float(onset), float(offset), label)
-                  for path, onset, offset, label in
-                  table(f"{root}/events.csv", ("path", "onset", "offset", "label"))]
+        rows = table(f"{root}/events.csv", ("path", "onset", "offset", "label"))
+        rows = ((path, "-", [label], 0, times) for path, *times, label in rows)
+        events = read_clips(root, rows, "multi")[3]
     if len(classes) != number or not clips:
-        raise Stop(f"{root}: {len(clips)} clips found, and {len(classes)} classes of {number} in "
-                   f"datasets.txt ({', '.join(classes[:12])} ...); correct the count or the table")
+        raise Stop(f"{root}: found {len(clips)} clips and {len(classes)} classes, datasets.txt "
+                   f"says {number} ({', '.join(classes[:12])} ...); fix the count or the table")
     most_bad = math.inf if args.allow_bad else MAX_BAD * (len(clips) + len(missing)) - len(missing)
     if most_bad < 0:
         raise Stop(f"{root}: {len(missing)} of {len(clips) + len(missing)} clips are missing, such "
@@ -1017,7 +975,7 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Stop, OSError, ValueError, torch.OutOfMemoryError) as e:
+    except (Stop, OSError, torch.OutOfMemoryError) as e:
         text = str(e) if isinstance(e, Stop) else (
             f"{str(e).split('. ')[0]}; fix that and run the same command again to resume")
         print(f"extract.py: {' '.join(text.split())}", file=sys.stderr)
