@@ -104,7 +104,6 @@ class Stop(Exception):
     """A user error: its message is printed and the script exits with status 2."""
 
 
-
 # ---- waveform -> spectrogram (time-major), batched, on any device
 
 def mel_filters(kind):
@@ -716,9 +715,9 @@ def read_datasets(file="datasets.txt"):
             name, task, seconds, classes, *words = words
             sets[name] = task, float(seconds), int(classes), (urls := [])
         for word in words:
-            word = urllib.parse.urljoin(urls[-1], word) if urls else word
-            if "://" not in word or not sets:
+            if "." not in word or not (urls or sets and "://" in word):
                 raise Stop(f"{file}:{number}: {word} is not a URL (do not indent a dataset's line)")
+            word = urllib.parse.urljoin(urls[-1], word) if urls else word
             first, last = re.search(r"\{(\d+)\.\.(\d+)\}|$", word).groups()
             numbers = range(int(first), int(last) + 1) if first else [0]
             urls += [re.sub(r"\{.*\}", str(i).zfill(len(first or "")), word) for i in numbers]
@@ -770,8 +769,8 @@ def fetch_dataset(root, urls):
                 shutil.copy(file, new)
         except Exception as e:  # every kind of archive has its own errors
             raise Stop(f"{file} cannot be unpacked ({e}); delete it, or all of {parts}, and run "
-                       f"the command again, or unpack it by hand into {root} (the program zip joins "
-                       f"a split zip: zip -s 0 NAME.zip --out whole.zip)")
+                       f"the command again, or unpack it by hand into {root} (a split zip needs the "
+                       f"program zip: zip -s 0 NAME.zip --out whole.zip)")
     inside = glob.glob(f"{new}/*")
     os.rename(inside[0] if len(inside) == 1 and os.path.isdir(inside[0]) else new, root)
     for rest in (new, parts):

@@ -1,7 +1,8 @@
 """Train ONE pooling head on the frozen tokens of a dump, with fixed hyperparameters.
 
 Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3. A head turns the token
-map of a clip into logits; protobin, the paper's, scores it by its best cosine with binary vectors.
+map of a clip into logits; protobin, the paper's head, takes the best cosine between any token and
+each of its binary vectors.
 
 Reads    tokens/<data>/<model>/  tokens.npy float16 (clips, N, D), labels.npy uint8 (clips, C),
          clips.csv, classes.txt, meta.json, and where they exist cls.npy (clips, D), state.npy
@@ -13,31 +14,29 @@ Writes   runs/<data>/<model>/<pool>/seed<k>/
     python probe.py --pool linear,mhca,protobin --data esc50 --model eat
     python probe.py --pool protobin --valid --lr 0.003       # choose on `valid`, in runs_valid/
 
-Test labels play no part here: evaluate.py scores.
+Test labels are never used: evaluate.py scores.
 """
 
 import argparse
 import concurrent.futures
 import csv
-import functools
-import glob
 import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
-import platform
 import shutil
 import sys
 import time
 
-# Idle OpenMP threads spin by default: on a busy machine every parallel region then waits for the
-# thread that lost its core, and a run takes 20 times as long. Read when torch is imported.
+# By default idle OpenMP threads spin, and on a busy machine every parallel region waits for the one
+# that lost its core: a run takes 20 times as long. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 # ---- constants: what, unit, source
@@ -47,7 +46,7 @@ BATCH = 128         # clips [paper]
 SEEDS = 5           # runs of a head [paper]
 PROTOTYPES = {"as20k": 10}  # per class, by dataset; 20 for all others [paper]
 GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]; BAT: 1, 0, 0
-DECAY = 1e-4        # weight decay, linear weights only; inside the paper's 1e-5..5e-4 [ours]
+DECAY = 1e-4        # weight decay, of matrices only; inside the paper's 1e-5..5e-4 [ours]
 TILE = 2 ** 24      # cosines held at once on a GPU [ours]
 MEMORY = 0.6        # share of a GPU's free memory that resident tokens may take [ours]
 AHEAD = 2           # batches read ahead from the file, in as many threads [ours]
@@ -58,8 +57,8 @@ AHEAD = 2           # batches read ahead from the file, in as many threads [ours
 LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 3e-3, "conv": 1e-3, "linpre": 1e-3,
       "abmilp": 7e-3, "simpool": 7e-3, "ep": 3e-3, "mhca": 3e-3, "proto": 8e-2,
       "protofloat": 5e-3, "protobin": 5e-3}
-LR_K = 5  # protobin, protofloat: at most LR_K / K, but 2e-3 at least. Adam moves all K weights of
-          # a class together, its logit by lr * K * mean score; chosen at K = 4,000, 10,000 [ours]
+LR_K = 5  # protobin, protofloat: at most LR_K / K, but 2e-3 at least: one Adam step changes a logit
+          # by about lr * K * mean score. Chosen at K = 200, 1,000, 4,000, 10,000 [ours]
 
 
 class Stop(Exception):
@@ -69,47 +68,46 @@ class Stop(Exception):
 # ---- heads: built as Head(D, C, grid, M); called as head(tokens (B, N, D), cls (B, D)) -> (B, C)
 #
 # evidence(tokens) -> (B, C, N), where a head has it, is what each token added to each class's
-# logit: logits - evidence.sum(-1) is the same for all clips. To copy a head, take its class and
-# the base it names.
+# logit: logits - evidence.sum(-1) is the same for all clips. To copy a head, copy its class and its
+# base classes. To add one: a class, HEADS, LR, and MEANS if it needs only the mean over time.
 
 class MaxCos(torch.autograd.Function):
     """tokens (B, N, D), unit p (K, D) -> max_n cos(x_n, p_k) and its n, both (B, K).
 
-    Exact, without a (B, N, K) tensor: a few clips at a time, of which the winner's place is kept;
-    the backward adds up the winners, dp_k = sum_b g_bk x_b,n(b,k) / |x|. Tokens get no gradient.
-    float16 tokens need p = +-1/sqrt(D): products of halves with +-1, summed in float32, round no
-    more than float32 does."""
+    Exact, without a (B, N, K) tensor: a few clips at a time, keeping only the best token's index;
+    backward sums those tokens, dp_k = sum_b g_bk x_b,n(b,k) / |x|. Tokens get no gradient. float16
+    tokens on a GPU need p = +-1/sqrt(D): products of halves with +-1, summed in float32, round no
+    more than float32 does. Inside, all that is (B, K) is kept as (K, B)."""
 
     @staticmethod
     def forward(ctx, tokens, p):
-        (B, N, D), K, half = tokens.shape, len(p), tokens.dtype == torch.float16
+        (B, N, D), K = tokens.shape, len(p)
+        half = tokens.dtype == torch.float16
         length = torch.linalg.vector_norm(tokens, dim=2, dtype=p.dtype).clamp(min=1e-12)  # (B, N)
         scores, places = p.new_empty(K, B), torch.empty(K, B, dtype=torch.long, device=p.device)
-        factor = p.sign().half() if half else p
+        signs = p.sign().half() if half else None
         step = max(1, TILE // (N * K)) if tokens.is_cuda else 1
         for b in range(0, B, step):
-            x = tokens[b:b + step].flatten(0, 1)                             # (b*N, D)
-            dots = half_product(factor, x.T) if half else factor @ x.T       # (K, b*N)
+            x = tokens[b:b + step].flatten(0, 1).T                           # (D, b*N)
+            dots = half_product(signs, x) if half else p @ x                 # (K, b*N)
             dots = dots.div_(length[b:b + step].flatten()).view(K, -1, N)
             scores[:, b:b + step], places[:, b:b + step] = dots.max(2)
-            del dots  # before the next is made
+            del dots  # free it before the next tile
         ctx.save_for_backward(tokens, length, places)
-        ctx.mark_non_differentiable(places)
         return (scores * D ** -0.5 if half else scores).T, places.T
 
     @staticmethod
     def backward(ctx, grad, _):
-        tokens, length, places = ctx.saved_tensors                           # places (K, B)
+        tokens, length, places = ctx.saved_tensors
         weights, total = (grad / length.gather(1, places.T)).T, 0            # (K, B)
         step = 32 if tokens.dtype == torch.float16 else len(tokens)  # halves are copied to float32
         for b in range(0, len(tokens), step):
             part = tokens[b:b + step].to(grad.dtype)
             first = part.shape[1] * torch.arange(len(part), device=part.device)
-            total = total + torch.nn.functional.embedding_bag(
+            total = total + nn.functional.embedding_bag(
                 places[:, b:b + step] + first, part.flatten(0, 1), mode="sum",
                 per_sample_weights=weights[:, b:b + step].contiguous())
         return None, total
-
 
 def half_product(a, b):
     """a @ b of float16 matrices, summed and returned in float32."""
@@ -118,27 +116,25 @@ def half_product(a, b):
     except NotImplementedError:  # not on every device
         return a.float() @ b.float()
 
-
-class ProtoBin(torch.nn.Module):
+class ProtoBin(nn.Module):
     """Binarized prototypes, shared by all classes, K = M*C (the paper's head, section 3):
 
         s_k = max_n cos(x_n, sign(p_k)),  logits = W s + b
 
     sign(0) = 1, its gradient is the identity (straight-through), and normalizing comes after it.
     K*D + K*C + C parameters. [paper], checked against a co-author's code to 1e-13. At C = 527
-    gradients are so small that Adam's eps halves the latents' steps, as in that code."""
-    means, exact_in_half = False, True  # see `batches`
+    gradients are so small that Adam's eps halves the prototypes' steps, as in that code."""
 
     def __init__(self, D, C, grid=None, M=20):
         super().__init__()
-        self.prototypes = torch.nn.Parameter(0.02 * torch.randn(M * C, D))
-        self.linear = torch.nn.Linear(M * C, C)
+        self.prototypes = nn.Parameter(0.02 * torch.randn(M * C, D))
+        self.linear = nn.Linear(M * C, C)
         self.register_buffer("score_mean", torch.zeros(M * C))  # of the last batches, for evidence
 
     def unit(self):
         p = self.prototypes
-        sign = torch.where(p >= 0, 1.0, -1.0)  # torch.sign would make 0 of 0
-        return torch.nn.functional.normalize(sign + (p - p.detach()), dim=1)
+        sign = torch.where(p >= 0, 1.0, -1.0)  # torch.sign(0) is 0
+        return nn.functional.normalize(sign + (p - p.detach()), dim=1)
 
     def similarity(self, tokens):
         """(B, N, D) -> scores (B, K) and the winning token's n (B, K)."""
@@ -155,20 +151,16 @@ class ProtoBin(torch.nn.Module):
 
     def evidence(self, tokens, cls=None):
         """The token that won prototype k is credited with W_ck (s_k - its mean in training)."""
-        (scores, places), weight, out = self.similarity(tokens), self.dense(), []
-        for place, score in zip(places, scores - self.score_mean):
-            clip = score.new_zeros(tokens.shape[1], weight.shape[1])         # (N, C)
-            out.append(clip.index_add_(0, place, score[:, None] * weight).T)
-        return torch.stack(out)
-
+        (scores, places), weight = self.similarity(tokens), self.dense()
+        empty = weight.new_zeros(tokens.shape[1], weight.shape[1])           # (N, C)
+        return torch.stack([empty.index_add(0, place, score[:, None] * weight).T
+                            for place, score in zip(places, scores - self.score_mean)])
 
 class ProtoFloat(ProtoBin):
     """protobin without the sign: s_k = max_n cos(x_n, p_k). The paper's ablation."""
-    exact_in_half = False
 
     def unit(self):
-        return torch.nn.functional.normalize(self.prototypes, dim=1)
-
+        return nn.functional.normalize(self.prototypes, dim=1)
 
 class Proto(ProtoFloat):
     """Prototypes bound to their class (Bird-MAE's head): each class sees its own M of them,
@@ -177,13 +169,13 @@ class Proto(ProtoFloat):
 
     K*D + K + C parameters; penalty() keeps a class's prototypes apart. [official code: Bird-MAE],
     without its x2 upsampling, focal subtraction and constants inside the cosine [ours]."""
-    betas = 0.9, 0.95  # of AdamW [official code: Bird-MAE]; 0.999 remembers the first, large steps
+    betas = 0.9, 0.95  # of AdamW [official code: Bird-MAE]; 0.999 keeps the large early gradients
 
     def __init__(self, D, C, grid=None, M=20):
-        torch.nn.Module.__init__(self)
-        self.prototypes = torch.nn.Parameter(torch.rand(M * C, D))
-        self.weight = torch.nn.Parameter(torch.ones(C, M))
-        self.bias = torch.nn.Parameter(torch.full((C,), -2.0))
+        nn.Module.__init__(self)  # not ProtoBin's
+        self.prototypes = nn.Parameter(torch.rand(M * C, D))
+        self.weight = nn.Parameter(torch.ones(C, M))
+        self.bias = nn.Parameter(torch.full((C,), -2.0))
         self.register_buffer("score_mean", torch.zeros(M * C))
 
     def similarity(self, tokens):
@@ -203,28 +195,24 @@ class Proto(ProtoFloat):
         gram = p @ p.transpose(1, 2) - torch.eye(p.shape[1], device=p.device)
         return gram.norm() / gram.numel()
 
-
-class Linear(torch.nn.Module):
+class Linear(nn.Module):
     """Linear probe: W z + b, z = [cls], or the mean token where there is none. D*C + C parameters.
-    [paper]; nothing in front of it [ours: the paper's normalization is not known]."""
-    means = True  # sees the tokens only through their mean over time
+    [paper]; no normalization [ours: the paper's is not known]."""
 
     def __init__(self, D, C, grid=None, M=None):
         super().__init__()
-        self.linear = torch.nn.Linear(D, C)
+        self.linear = nn.Linear(D, C)
 
     def forward(self, tokens, cls=None):
         return self.linear(tokens.mean(1) if cls is None else cls)
-
 
 class MLP(Linear):
     """W2 relu(W1 z + b1) + b2, z as for linear [ours: the paper's is not known]. D*h + h + h*C + C
     parameters. [paper]; h = 512 [official code: Bird-MAE]."""
 
     def __init__(self, D, C, grid=None, M=None, h=512):
-        super().__init__(h, C)
-        self.linear = torch.nn.Sequential(torch.nn.Linear(D, h), torch.nn.ReLU(), self.linear)
-
+        super().__init__(h, C)  # whose linear is our second layer
+        self.linear = nn.Sequential(nn.Linear(D, h), nn.ReLU(), self.linear)
 
 class LinearC(Linear):
     """Linear probe on [cls] and mean side by side: W [c; mean_n x_n] + b. 2*D*C + C parameters.
@@ -237,17 +225,14 @@ class LinearC(Linear):
         mean = tokens.mean(1)
         return self.linear(torch.cat([mean if cls is None else cls, mean], 1))  # (B, 2D)
 
-
-class LinPre(torch.nn.Module):
+class LinPre(Linear):
     """Frequency-preserving linear probe: the F tokens of a time step side by side, mean over
     time: W mean_t [x_t1; ...; x_tF] + b. F*D*C + C parameters. A reading of the paper's name
     'linpre' after Niizumi et al. [ours: no public definition]."""
-    means = True
 
     def __init__(self, D, C, grid, M=None):
-        super().__init__()
+        super().__init__(grid[1] * D, C)
         self.F = grid[1]
-        self.linear = torch.nn.Linear(self.F * D, C)
 
     def forward(self, tokens, cls=None):
         return self.linear(tokens.unflatten(1, (-1, self.F)).mean(1).flatten(1))
@@ -257,15 +242,9 @@ class LinPre(torch.nn.Module):
         maps = torch.einsum("btfd,cfd->bctf", tokens.unflatten(1, (-1, self.F)), weight)
         return maps.flatten(2) / maps.shape[2]
 
-
-class Mean(torch.nn.Module):
+class Mean(Linear):
     """Linear probe on the mean token: W mean_n x_n + b. D*C + C parameters. Not one of the paper's
-    eleven: it tells [cls] from pooling [ours]. Base of the heads that take other weights."""
-    means = True
-
-    def __init__(self, D, C, grid=None, M=None):
-        super().__init__()
-        self.linear = torch.nn.Linear(D, C)
+    eleven: it separates the effect of [cls] [ours]. Base of the heads with learned weights."""
 
     def attend(self, tokens):
         """Weights (1 or B, N, 1) and what they weigh (B, N, width)."""
@@ -279,68 +258,60 @@ class Mean(torch.nn.Module):
         a, y = self.attend(tokens)
         return (a * (y @ self.linear.weight.T)).transpose(1, 2)
 
-
 class Conv(Mean):
     """3 x 3 convolution to h channels over the T x F map, ReLU, mean, linear:
     W mean_n relu(conv(x))_n + b. 9*D*h + h + h*C + C parameters. [ours: no public definition]."""
-    means = False
 
     def __init__(self, D, C, grid, M=None, h=256):
         super().__init__(h, C)
-        self.F, self.conv = grid[1], torch.nn.Conv2d(D, h, 3, padding=1)
+        self.F, self.conv = grid[1], nn.Conv2d(D, h, 3, padding=1)
 
     def attend(self, tokens):
         maps = tokens.transpose(1, 2).unflatten(2, (-1, self.F))             # (B, D, T, F)
         return super().attend(self.conv(maps).relu().flatten(2).transpose(1, 2))
 
-
 class ABMILP(Mean):
     """Attention-based MIL pooling: a = softmax_n(w . tanh(V x_n)), logits = W sum_n a_n x_n + b.
-    D^2 + D + D + 1 + D*C + C parameters. Ilse et al. 2018; depth 2, no self-attention in front, no
-    batch norm behind, unlike its official probe [official code: copies of the paper's heads]."""
-    means = False
+    D^2 + D + D + 1 + D*C + C parameters. Ilse et al. 2018; depth 2, without the self-attention
+    and batch norm of its official probe [official code: copies of the paper's heads]."""
 
     def __init__(self, D, C, grid=None, M=None):
         super().__init__(D, C)
-        self.score = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Tanh(),
-                                         torch.nn.Linear(D, 1))
+        self.score = nn.Sequential(nn.Linear(D, D), nn.Tanh(),
+                                         nn.Linear(D, 1))
 
     def attend(self, tokens):
         return self.score(tokens).softmax(1), tokens
-
 
 class SimPool(Mean):
     """SimPool without projections: y = LN(x), a = softmax_n(mean(y) . y_n / sqrt(D)),
     logits = W sum_n a_n y_n + b. 2*D + D*C + C parameters. Psomas et al., ICCV 2023; the variant
     without W_q and W_k [official code: copies of the paper's heads; which one it used is open].
-    LN's shift b adds the same to every score, so the tokens' own norm is enough for those."""
-    means = False
+    LN's bias adds a constant to every score, so the scores skip it."""
 
     def __init__(self, D, C, grid=None, M=None):
         super().__init__(D, C)
-        self.norm = torch.nn.LayerNorm(D, 1e-6)
+        self.norm = nn.LayerNorm(D, 1e-6)
 
     def attend(self, tokens):
-        x = torch.nn.functional.layer_norm(tokens, tokens.shape[2:], eps=self.norm.eps)
+        x = nn.functional.layer_norm(tokens, tokens.shape[2:], eps=self.norm.eps)
         g, b = self.norm.weight, self.norm.bias                              # y = g x + b
         query = g * (g * x.mean(1) + b) / len(g) ** 0.5                      # (B, D)
         return (x @ query[:, :, None]).softmax(1), g * x + b
 
-
-class EP(torch.nn.Module):
+class EP(nn.Module):
     """Efficient probing: Q learned queries attend to the raw tokens, a_q = softmax_n(u_q . x_n /
     sqrt(D)); query q pools slice q of V = X W_V; the slices are joined and classified.
     D^2 + Q*D + D*C + C parameters. Psomas et al., ICLR 2026; Q = 32 [official code], without the
     batch norm of its probe. (A X) W_V = A (X W_V), so tokens are pooled first: 1/12 of the work."""
-    means = False
 
     def __init__(self, D, C, grid=None, M=None, Q=32):
         super().__init__()
         if D % Q:
             raise ValueError(f"ep needs a token width that {Q} divides, not {D}")
-        self.query = torch.nn.Parameter(0.02 * torch.randn(Q, D))
-        self.value = torch.nn.Linear(D, D, bias=False)
-        self.linear = torch.nn.Linear(D, C)
+        self.query = nn.Parameter(0.02 * torch.randn(Q, D))
+        self.value = nn.Linear(D, D, bias=False)
+        self.linear = nn.Linear(D, C)
 
     def queries(self):
         return self.query / self.query.shape[1] ** 0.5                       # (H, D), H = Q
@@ -357,37 +328,34 @@ class EP(torch.nn.Module):
                               self.value.weight.unflatten(0, shape))         # (H, C, D)
         return sum(a[:, h, None] * (weight[h] @ tokens.transpose(1, 2)) for h in range(len(weight)))
 
-
 class MHCA(EP):
     """Multi-head cross-attention with one learned query q (AIM's attentive probe): K = X W_K,
     V = X W_V, per head softmax_n(q . k_n / sqrt(d)), no output projection, linear.
     2*D^2 + D + D*C + C parameters. El-Nouby et al. 2024; 12 heads at D = 768 [official code], 64
-    wide elsewhere [ours]; no batch norm, and C biases more than AIM [official code: copies of the
-    paper's heads]. q . (W_K x) = (W_K' q) . x, so it is ep with other queries."""
+    wide elsewhere [ours]; no batch norm and, unlike AIM, a classifier bias [official code: copies
+    of the paper's heads]. q . (W_K x) = (W_K' q) . x, so it is ep with other queries."""
 
     def __init__(self, D, C, grid=None, M=None):
-        torch.nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not EP's
         self.heads = D // 64 if D % 64 == 0 else 1
-        self.query = torch.nn.Parameter(0.02 * torch.randn(D))
-        self.key = torch.nn.Linear(D, D, bias=False)
-        self.value = torch.nn.Linear(D, D, bias=False)
-        self.linear = torch.nn.Linear(D, C)
+        self.query = nn.Parameter(0.02 * torch.randn(D))
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.linear = nn.Linear(D, C)
 
     def queries(self):
         query = self.query.unflatten(0, (self.heads, -1))                    # (H, d)
         key = self.key.weight.unflatten(0, (self.heads, -1))                 # (H, d, D)
         return torch.einsum("hed,he->hd", key, query) / query.shape[1] ** 0.5
 
-
 HEADS = {"linear": Linear, "mean": Mean, "mlp": MLP, "linearc": LinearC, "conv": Conv,
          "linpre": LinPre, "abmilp": ABMILP, "simpool": SimPool, "ep": EP, "mhca": MHCA,
          "proto": Proto, "protofloat": ProtoFloat, "protobin": ProtoBin}
-
+MEANS = {"linear", "mean", "mlp", "linearc", "linpre"}  # need tokens only as their mean over time
 
 def default_lr(pool, K):
     """LR, lowered where protobin or protofloat has more than a thousand prototypes."""
     return max(2e-3, min(LR[pool], LR_K / K)) if pool in ("protobin", "protofloat") else LR[pool]
-
 
 def save_head(file, pool, D, C, grid, M, folds):
     """head.pt: sizes and one state dict per fold; protobin's prototypes as bits, 1 for +1."""
@@ -395,7 +363,6 @@ def save_head(file, pool, D, C, grid, M, folds):
     for state in states.values() if pool == "protobin" else ():
         state["prototypes"] = torch.from_numpy(np.packbits(state["prototypes"] >= 0, axis=1))
     torch.save({"pool": pool, "D": D, "C": C, "grid": grid, "M": M, "folds": states}, file)
-
 
 def load_head(file, fold=None):
     """The trained head of a head.pt (of its first fold, if it has several), ready to use."""
@@ -419,24 +386,20 @@ def asymmetric_loss(logits, labels):
     gamma = torch.where(labels > 0, float(GAMMA_POS), float(GAMMA_NEG))
     return -((1 - right) ** gamma * right.clamp(1e-8).log()).mean()
 
-
 LOSSES = {"asl": asymmetric_loss,
-          "bce": torch.nn.functional.binary_cross_entropy_with_logits,
-          "ce": torch.nn.functional.cross_entropy}  # multi-hot rows of one 1 are class weights
+          "bce": nn.functional.binary_cross_entropy_with_logits,
+          "ce": nn.functional.cross_entropy}  # one-hot rows are class probabilities
 
-
-def batches(source, rows, device, head=None):
-    """Yield (rows of a batch, source[rows]) on the device, float32, or on a GPU float16 for a head
-    that is exact on it. source: a tensor on the device, or a memory-mapped array, which a few
-    threads read ahead. The tokens are good until the next batch."""
-    half = device == "cuda" and getattr(head, "exact_in_half", False)
-    dtype, parts, at = torch.float16 if half else torch.float32, rows.split(BATCH), rows.to(device)
+def batches(source, rows, device, dtype=torch.float32):
+    """Yield (rows of a batch, source[rows]), both on the device. source: a tensor on the device, or
+    a memory-mapped array, which a few threads read ahead. Tokens are valid until the next batch."""
+    parts, at = rows.split(BATCH), rows.to(device).split(BATCH)
     if torch.is_tensor(source):
-        yield from ((part, source[part].to(dtype)) for part in at.split(BATCH))
+        yield from ((part, source[part].to(dtype)) for part in at)
         return
-    # fresh memory would cost 6 times what is copied into it
-    buffers = [torch.empty(len(parts[0]), *source.shape[1:] if device == "cpu" else ())
-               for _ in range(AHEAD + 1)]
+    # reused, as allocating takes 6 times as long as copying; a GPU's copies need no such buffers
+    shape = (len(parts[0]), *source.shape[1:]) if device == "cpu" else ()
+    buffers = [torch.empty(shape) for _ in range(AHEAD + 1)]
 
     def read(i):
         if device == "cuda":
@@ -445,29 +408,29 @@ def batches(source, rows, device, head=None):
         for place, row in zip(out, parts[i].tolist()):
             place.copy_(torch.from_numpy(source[row]))
         return out
-    with concurrent.futures.ThreadPoolExecutor(AHEAD, "", torch.set_num_threads, (1,)) as pool:
-        jobs = []
-        for i, part in enumerate(at.split(BATCH)):
+    jobs = []
+    with concurrent.futures.ThreadPoolExecutor(  # one torch thread each: the cores are training
+            AHEAD, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for i, part in enumerate(at):
             jobs += [pool.submit(read, k) for k in range(len(jobs), min(i + AHEAD + 1, len(parts)))]
             yield part, jobs[i].result().to(device, non_blocking=True).to(dtype)
-            jobs[i] = None  # its memory
+            jobs[i] = None  # frees its memory
 
-
-def train(head, source, cls, labels, rows, settings, name=""):
-    """EPOCHS passes of AdamW with a cosine to zero, no warm-up; the last state is the result.
-    Returns (loss of each epoch, seconds per epoch). Raises Stop if the loss is not finite."""
+def train(head, source, cls, labels, rows, settings, dtype=torch.float32, name=""):
+    """EPOCHS passes of AdamW with cosine decay to zero, no warm-up; keeps the last epoch. Returns
+    (loss of each epoch, seconds per epoch). Raises Stop if the loss is not finite."""
     device, lr, losses, begin = labels.device.type, settings["lr"], [], time.time()
     decayed = [p for key, p in head.named_parameters() if key.endswith("weight") and p.ndim == 2]
     plain = [p for p in head.parameters() if all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": settings["weight_decay"]},
                                    {"params": plain, "weight_decay": 0}], lr=lr, fused=True,
                                   betas=getattr(head, "betas", (0.9, 0.999)))
-    steps, step = EPOCHS * math.ceil(len(rows) / BATCH), 0
     shuffle = torch.Generator().manual_seed(settings["seed"])
+    steps, step = EPOCHS * math.ceil(len(rows) / BATCH), 0
     bar = tqdm(range(EPOCHS), name, leave=False, mininterval=1 if sys.stderr.isatty() else 60)
     for epoch in bar:
         total, order = 0, rows[torch.randperm(len(rows), generator=shuffle)]
-        for at, tokens in batches(source, order, device, head):
+        for at, tokens in batches(source, order, device, dtype):
             logits = head(tokens, None if cls is None else cls[at])
             loss = LOSSES[settings["loss"]](logits, labels[at])
             for group in optimizer.param_groups:
@@ -480,17 +443,15 @@ def train(head, source, cls, labels, rows, settings, name=""):
         losses.append(total.item() / len(rows))
         bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
         if not math.isfinite(losses[-1]):
-            raise Stop(f"{name}: the loss is {losses[-1]} in epoch {epoch + 1}: tokens are not "
-                       f"finite, or the learning rate {lr} is too high")
+            raise Stop(f"the loss is {losses[-1]} in epoch {epoch + 1}: tokens are not finite, or "
+                       f"the learning rate {lr} is too high")
     return losses, (time.time() - begin) / EPOCHS
 
-
-def frames(head, F, width, tokens, cls):
+def frames(head, F, width, tokens):
     """(B, T, C): the head's logits on `width` time steps centered on each (fewer at the edges)."""
     maps = tokens.unflatten(1, (-1, F))                                      # (B, T, F, D)
     windows = (maps[:, max(0, t - width // 2):t + width // 2 + 1] for t in range(maps.shape[1]))
-    return torch.stack([head(window.flatten(1, 2), None) for window in windows], 1)
-
+    return torch.stack([head(window.flatten(1, 2)) for window in windows], 1)
 
 def run(work, settings, dump, source, cls, labels, args):
     """Train a head on every fold, test each clip once, and write the files of a run into `work`.
@@ -498,26 +459,30 @@ def run(work, settings, dump, source, cls, labels, args):
     pool, seed, M, device = settings["pool"], settings["seed"], settings["prototypes"], args.device
     (_, N, D), C, (T, F) = dump["tokens"].shape, labels.shape[1], dump["meta"]["grid"]
     width = 2 * round((1 / dump["meta"].get("token_seconds", 1) - 1) / 2) + 1  # steps of about 1 s
+    half = pool == "protobin" and device == "cuda"  # where it is exact on float16 tokens
+    dtype = torch.float16 if half else torch.float32
     rows = torch.cat([test for _, test in dump["folds"].values()])
     shapes = {"logits": (C,), "evidence": (C, N), "frames": (T, C)}
-    files = {name: np.lib.format.open_memmap(
-        f"{work}/{name}.npy", "w+", "f4" if name == "logits" else "f2", (len(rows), *shape))
-        for name, shape in shapes.items() if getattr(args, name, True)}
+    kinds = ["logits"] + ["evidence"] * args.evidence + ["frames"] * args.frames
+    files = {kind: np.lib.format.open_memmap(
+        f"{work}/{kind}.npy", "w+", np.float32 if kind == "logits" else np.float16,
+        (len(rows), *shapes[kind])) for kind in kinds}
     heads, losses, seconds, begin, done = {}, {}, 0, time.time(), 0
     for fold, (train_rows, test_rows) in dump["folds"].items():
         torch.manual_seed(seed)  # before the head: seeds draw the initialization too
         head = heads[fold] = HEADS[pool](D, C, (T, F), M).to(device)
         name = f"{pool} seed {seed}" + f" fold {fold}" * (len(dump["folds"]) > 1)
-        losses[fold], took = train(head, source, cls, labels, train_rows, settings, name)
+        losses[fold], took = train(head, source, cls, labels, train_rows, settings, dtype, name)
         seconds += took / len(dump["folds"])
-        give = {"logits": head.eval(), "evidence": getattr(head, "evidence", None),
-                "frames": functools.partial(frames, head, F, width)}
-        tested = source if len(files) == 1 else dump["tokens"]  # the others need every token
+        head.eval()
+        tested = source if kinds == ["logits"] else dump["tokens"]  # the others need every token
         with torch.no_grad():
-            for at, tokens in batches(tested, test_rows, device, head):
-                z = None if cls is None else cls[at]
+            for at, tokens in batches(tested, test_rows, device, dtype):
                 for kind, file in files.items():
-                    file[done:done + len(at)] = give[kind](tokens, z).float().cpu()
+                    out = (head.evidence(tokens) if kind == "evidence" else
+                           frames(head, F, width, tokens) if kind == "frames" else
+                           head(tokens, None if cls is None else cls[at]))
+                    file[done:done + len(at)] = out.float().cpu()
                 done += len(at)
     wrong = rows[~np.isfinite(files["logits"]).all(1)]
     if len(wrong):
@@ -527,12 +492,11 @@ def run(work, settings, dump, source, cls, labels, args):
         "seconds_per_epoch": seconds, "seconds": time.time() - begin,
         "device": torch.cuda.get_device_name() if device == "cuda" else
         f"cpu, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     np.save(f"{work}/rows.npy", rows.numpy())
     save_head(f"{work}/head.pt", pool, D, C, (T, F), M, heads)
     pathlib.Path(work, "run.json").write_text(json.dumps(info, indent=1), "utf-8")
     return info
-
 
 def run_exists(folder, settings, args):
     """Whether this run has all the files asked for. Raises Stop if it has other settings."""
@@ -545,28 +509,28 @@ def run_exists(folder, settings, args):
         differ = ["run.json cannot be read"]
     if differ:
         raise Stop(f"{folder} has other settings ({', '.join(differ)}); --overwrite replaces it")
-    return all(os.path.exists(f"{folder}/{name}.npy") for name in ("evidence", "frames")
-               if getattr(args, name))
+    return all(os.path.exists(f"{folder}/{kind}.npy") for kind in ("evidence", "frames")
+               if getattr(args, kind))
 
 
 # ---- the dump
 
 def open_dump(data, model):
-    """The newest tokens/<data>/<model>, either name left open: a dict of folder, meta, tokens
-    (clips, N, D), cls (clips, D) or None, labels (clips, C), classes, clips (dicts), rows {split:
-    rows of readable clips} and md5s that tell if it changed. Raises Stop for what does not fit."""
-    found = glob.glob(f"tokens/{data or '*'}/{model or '*'}/meta.json")
+    """The newest tokens/<data>/<model>, either name may be None: a dict of folder, meta, tokens
+    (clips, N, D), cls (clips, D) or None, labels (clips, C), rows {split: rows of readable clips}
+    and md5s that tell if it changed. Raises Stop if the files are inconsistent."""
+    found = list(pathlib.Path().glob(f"tokens/{data or '*'}/{model or '*'}/meta.json"))
     if not found:
         raise Stop(f"no dump in tokens/{data or '*'}/{model or '*'}; run python extract.py first")
-    folder = pathlib.Path(max(found, key=os.path.getmtime)).parent
+    folder = max(found, key=os.path.getmtime).parent
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        # "c": never written to, but torch warns of arrays that cannot be
         arrays = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
         tokens, labels, cls = arrays["tokens"], arrays["labels"], arrays.get("cls")
         with open(folder / "clips.csv", newline="", encoding="utf-8") as f:
-            clips = list(csv.DictReader(f))
-        classes = (folder / "classes.txt").read_text("utf-8").splitlines()
-        n, splits = len(clips), np.array([clip["split"] for clip in clips])
+            splits = np.array([clip["split"] for clip in csv.DictReader(f)])
+        n, C = len(splits), len((folder / "classes.txt").read_text("utf-8").splitlines())
         state, (T, F), task = arrays.get("state", np.ones(n)), meta["grid"], meta["task"]
         rules = {
             "a .npy file is too short or too long": all(
@@ -574,62 +538,49 @@ def open_dump(data, model):
             "tokens.npy must be float16 (clips, T*F, D)":
                 tokens.shape == (n, T * F, tokens.shape[-1]) and tokens.dtype == np.float16,
             "labels.npy must be 0 or 1, (clips, C)":
-                labels.shape == (n, len(classes)) and np.isin(labels, (0, 1)).all(),
+                labels.shape == (n, C) and np.isin(labels, (0, 1)).all(),
             "cls.npy must be (clips, D)": cls is None or cls.shape == (n, tokens.shape[2]),
             "task must be multi, or single with one class per clip":
                 task == "multi" or task == "single" and (labels.sum(1) == 1).all(),
             "extract.py is not done, run it again": state.shape == (n,) and state.all()}
         broken = [rule for rule, kept in rules.items() if not kept]
+    except KeyError as e:
+        broken = [f"{e} is missing, of tokens.npy, labels.npy, grid, task or clips.csv's split"]
     except Exception as e:  # numpy, csv and json have their own errors for damaged files
         broken = [f"{type(e).__name__}: {e}"]
     if broken:
         raise Stop(f"{folder}: {broken[0]} (clips as in clips.csv, C as in classes.txt, T and F as "
-                   f"in meta.json); correct it or extract it again")
-    rows = {str(split): np.flatnonzero((splits == split) & (state != 2))
+                   f"in meta.json); fix it or rerun extract.py")
+    rows = {str(split): torch.from_numpy(np.flatnonzero((splits == split) & (state != 2)))
             for split in dict.fromkeys(splits)}
-    some = [a[i] for a in (tokens, cls) if a is not None for i in (0, n // 2, -1)]
+    md5, some = hashlib.md5(labels.tobytes() + "\n".join(splits).encode()), hashlib.md5()
+    for array in (tokens, cls) if cls is not None else (tokens,):
+        some.update(b"".join(array[i].tobytes() for i in (0, n // 2, -1)))
     return {"folder": folder.as_posix(), "meta": meta, "tokens": tokens, "cls": cls,
-            "labels": labels, "classes": classes, "clips": clips,
-            "rows": {split: torch.from_numpy(x) for split, x in rows.items() if len(x)},
-            "tokens_md5": md5(*some), "labels_md5": md5(labels, "\n".join(splits).encode())}
-
+            "labels": labels, "rows": {split: x for split, x in rows.items() if len(x)},
+            "tokens_md5": some.hexdigest(), "labels_md5": md5.hexdigest()}
 
 def make_folds(rows, valid):
     """{fold: (train rows, tested rows)} of {split: rows}. With a `test` split there is one fold,
     train + valid -> test (or, to choose settings, train -> valid); else each split is one."""
-    names = {"train", "valid", "test"}
-    if {"train", "valid" if valid else "test"} <= set(rows) <= names:
-        trained = ["train"] if valid else [name for name in ("train", "valid") if name in rows]
-        tested = ["valid" if valid else "test"]
+    names, test = {"train", "valid", "test"}, "valid" if valid else "test"
+    if {"train", test} <= set(rows) <= names:
+        trained, tested = ["train"] if valid else ["train", "valid"], [test]
     elif not valid and len(rows) > 1 and not names & {split.lower() for split in rows}:
         trained, tested = list(rows), sorted(rows)
     else:
         raise Stop(f"clips.csv has readable clips in the splits {' '.join(rows)}; needed are train "
                    f"and test (train and valid for --valid), or folds of other names")
-    return {fold: (torch.cat([rows[name] for name in trained if name != fold]).sort().values,
-                   rows[fold]) for fold in tested}
-
-
-def md5(*parts):
-    return hashlib.md5(b"".join(map(bytes, parts))).hexdigest()
-
-
-@torch.no_grad()
-def time_means(tokens, grid, device):
-    """(clips, F, D) float32 on the device: the mean over time, which is all that some heads see."""
-    out = torch.empty(len(tokens), grid[1], tokens.shape[2], device=device)
-    for rows, part in batches(tokens, torch.arange(len(tokens)), device):
-        out[rows] = part.unflatten(1, tuple(grid)).mean(1)
-    return out
-
+    return {fold: (torch.cat([rows[name] for name in trained if name in rows and name != fold])
+                   .sort().values, rows[fold]) for fold in tested}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--pool", default="protobin", help=f"names with commas between, or all: {' '.join(HEADS)}")
-    flag("--data", help="dataset (default: of the newest dump)")
-    flag("--model", help="encoder (default: of the newest dump)")
+    flag("--pool", default="protobin", help=f'comma-separated, or "all": {" ".join(HEADS)}')
+    flag("--data", help="dataset (default: the newest dump's)")
+    flag("--model", help="encoder (default: the newest dump's)")
     flag("--seeds", type=int, default=SEEDS, help=f"runs, with seeds 0, 1, ... (default {SEEDS})")
     flag("--evidence", action="store_true", help="also write what each token added to each logit")
     flag("--frames", action="store_true", help="also write the logits around each time step")
@@ -647,50 +598,54 @@ def main():
     if not set(pools) <= set(HEADS):
         raise Stop(f"unknown head in --pool {args.pool}; there are {' '.join(HEADS)}")
     if args.seeds < 1 or args.prototypes < 0 or args.lr < 0 or args.decay < 0:
-        raise Stop("--seeds must be at least 1, --prototypes, --lr and --decay positive")
+        raise Stop("--seeds must be at least 1, and --prototypes, --lr and --decay not negative")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("torch finds no CUDA device; leave --device out")
+        raise Stop("no CUDA device found; drop --device")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in conv too
     dump = open_dump(args.data, args.model)
     dump["folds"] = make_folds(dump["rows"], args.valid)
     folder, meta, tokens = dump["folder"], dump["meta"], dump["tokens"]
-    # a mean of tokens is taken here, in float32; cls.npy has it rounded to float16
+    # the mean token is computed here, in float32; cls.npy has it in float16
     cls = None if meta.get("cls") == "mean" else dump["cls"]
     for pool in pools:
-        if issubclass(HEADS[pool], Linear) and (args.evidence or args.frames and cls is not None):
-            raise Stop(f"{pool} reads [cls]: leave --evidence and --frames out")
+        reads_cls = not hasattr(HEADS[pool], "evidence")
+        if reads_cls and (args.evidence or args.frames and cls is not None):
+            raise Stop(f"{pool} has no evidence, and no frames if it reads [cls]: drop the flags")
     print(f"{folder}: {len(tokens):,} clips, {tokens.shape[1]} tokens of {tokens.shape[2]}, "
           f"{dump['labels'].shape[1]} classes, {meta['task']}; "
           + ", ".join(f"{len(a):,} -> {len(b):,} ({s})" for s, (a, b) in dump["folds"].items()))
+    everything = torch.arange(len(tokens))
     if args.device == "cuda" and tokens.nbytes <= MEMORY * torch.cuda.mem_get_info()[0]:
         resident = torch.empty(tokens.shape, dtype=torch.float16, device="cuda")
-        for rows, part in batches(tokens, torch.arange(len(tokens)), "cuda", ProtoBin):
+        for rows, part in batches(tokens, everything, "cuda", torch.float16):
             resident[rows] = part
         tokens = dump["tokens"] = resident
-    sources = {False: tokens}
-    if any(HEADS[pool].means for pool in pools):
-        sources[True] = time_means(tokens, meta["grid"], args.device)
-        cls = sources[True].mean(1) if cls is None else cls
+    if MEANS & set(pools):
+        means = torch.cat([part.unflatten(1, tuple(meta["grid"])).mean(1) for _, part in
+                           batches(tokens, everything, args.device)])        # (clips, F, D)
+        cls = means.mean(1) if cls is None else cls
     if isinstance(cls, np.ndarray):
-        cls = torch.from_numpy(np.array(cls)).float().to(args.device)
-    labels = torch.from_numpy(np.array(dump["labels"])).float().to(args.device)
-    M = args.prototypes or PROTOTYPES.get(folder.split("/")[1], 20)
+        cls = torch.from_numpy(cls).to(args.device, torch.float32)
+    labels = torch.from_numpy(dump["labels"]).to(args.device, torch.float32)
+    _, data, model = folder.split("/")
     root, failed = args.runs or ("runs_valid" if args.valid else "runs"), []
     for pool, seed in itertools.product(pools, range(args.seeds)):
-        settings = {"pool": pool, "lr": args.lr or default_lr(pool, M * labels.shape[1]),
+        M = (args.prototypes or PROTOTYPES.get(data, 20)) if "proto" in pool else None
+        settings = {"pool": pool, "lr": args.lr or default_lr(pool, M and M * labels.shape[1]),
                     "weight_decay": args.decay, "epochs": EPOCHS, "batch": BATCH, "prototypes": M,
                     "loss": args.loss or ("asl" if meta["task"] == "multi" else "ce"), "seed": seed,
                     "split": "valid" if args.valid else "test", "dump": meta,
                     "tokens_md5": dump["tokens_md5"], "labels_md5": dump["labels_md5"]}
-        out = f"{root}/{folder.split('/', 1)[1]}/{pool}/seed{seed}"
-        work = out.replace("/seed", "/.seed") + f".{os.getpid()}"
+        out, work = (f"{root}/{data}/{model}/{pool}/{name}" for name in
+                     (f"seed{seed}", f".seed{seed}.{os.getpid()}"))
         try:
             if run_exists(out, settings, args):
                 print(f"{out} already exists")
                 continue
-            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(work, ignore_errors=True)  # left by a killed process
             os.makedirs(work)
-            info = run(work, settings, dump, sources[HEADS[pool].means], cls, labels, args)
+            source = means if pool in MEANS else tokens
+            info = run(work, settings, dump, source, cls, labels, args)
             shutil.rmtree(out, ignore_errors=True)
             os.rename(work, out)
             print(f"{pool:>10}  seed {seed}  {info['parameters']:>10,} parameters  "
@@ -707,8 +662,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (Stop, OSError, torch.OutOfMemoryError) as e:
-        text = str(e) if isinstance(e, Stop) else str(e).split(". ")[0]
-        print(f"probe.py: {' '.join(text.split())}; finished runs are kept", file=sys.stderr)
+        text = str(e) if isinstance(e, Stop) else str(e).split(". ")[0] + "; finished runs are kept"
+        print(f"probe.py: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("probe.py: stopped; finished runs are kept", file=sys.stderr)

@@ -200,13 +200,13 @@ def waits():
         for Head in probe.HEADS.values():
             for source in (torch.tensor(tokens, device="cuda"), tokens):
                 head = Head(64, 4, (8, 4), 3).cuda()
-                probe.train(head, source, cls, labels, rows, settings)
+                probe.train(head, source, cls, labels, rows, settings, dtype)
     source = torch.randn(600, 512, 768, dtype=torch.float16, device="cuda")
     labels, head = torch.rand(600, 527).round().cuda(), probe.ProtoBin(768, 527, M=10).cuda()
     kept = torch.cuda.memory_allocated() + 2 * sum(p.nbytes for p in head.parameters())  # AdamW's
     torch.cuda.reset_peak_memory_stats()
     with mock.patch.object(probe, "EPOCHS", 1):
-        probe.train(head, source, None, labels, rows, settings)
+        probe.train(head, source, None, labels, rows, settings, torch.float16)
     step = (torch.cuda.max_memory_allocated() - kept) / 1e6
     assert step < 520
     write_tokens(clips=4000)  # 33 MB: more than the allocator keeps in a block that is half free

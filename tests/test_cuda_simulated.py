@@ -209,7 +209,8 @@ def test_memory_of_a_step(monkeypatch, capsys):
         tokens = torch.empty(300, 512, 768, dtype=torch.float16, device="cuda")
         labels, head = torch.empty(300, 527, device="cuda"), probe.ProtoBin(768, 527, M=10)
         kept = sum(device.storages.values()) + 3 * sum(p.nbytes for p in head.parameters())
-        probe.train(head.to("cuda"), tokens, None, labels, torch.arange(300), settings)
+        probe.train(head.to("cuda"), tokens, None, labels, torch.arange(300), settings,
+                    torch.float16)
     with capsys.disabled():
         print(f" {(device.peak - kept) / 1e6:.0f} MB ", end="")
     assert 150e6 < device.peak - kept < 300e6
