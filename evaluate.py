@@ -4,7 +4,8 @@ Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901).
 Reads    runs/<data>/<model>/<pool>/seed<k>/  logits.npy float32 (tested clips, C), rows.npy int64
              (tested clips), run.json; --localize: frames.npy float16 (tested clips, T, C);
              --show: evidence.npy float16 (tested clips, C, N)
-         tokens/<data>/<model>/  labels.npy uint8 (clips, C), clips.csv, classes.txt, meta.json
+         tokens/<data>/<model>/  labels.npy uint8 (clips, C), clips.csv, classes.txt, meta.json;
+             --localize, --show: events.csv; --show: the clip in data/<data>/
 Writes   a table to stdout; --show: a PNG (needs matplotlib and soundfile)
 
     python evaluate.py                               # every run, one table
@@ -33,10 +34,10 @@ from types import SimpleNamespace
 import numpy as np
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score
 
-# ---- constants: what, unit, source ----------------------------------------------------------
+# ---- constants: what, unit, source
 
 RESAMPLES = 200     # random halves for an interval [ours]
-REACH = 2.15        # standard deviations to each side for 95 %, from simulation [ours]
+REACH = 2.15        # half-width of a 95 % interval in standard deviations, by simulation [ours]
 THRESHOLDS = sorted(np.arange(-5, 5.5, 0.5), key=abs)  # logits of an event, 0 first [ours]
 PANELS = 5          # classes in a picture, at most [ours]
 BIRDSET = "hsn nbp nes per pow sne uhh".split()  # their macro mAP is called cmAP [official code]
@@ -49,7 +50,8 @@ class Stop(Exception):
     """A user error: its message is printed and the script exits with status 2."""
 
 
-# ---- metrics: labels bool (n, C), logits float32 (n, C) -> percent, nan if nothing to score --
+# ---- metrics: labels bool (n, C), logits float32 (n, C) -> percent, nan if nothing to score
+
 def class_scores(task, labels, logits):
     """AP (multi) or recall (single) of each class (C,); nan for a class without a positive."""
     scores, present = np.full(labels.shape[1], np.nan), labels.any(0)
@@ -60,7 +62,6 @@ def class_scores(task, labels, logits):
         scores[present] = average_precision_score(  # compress copies in C order: 8 x faster
             labels.compress(present, 1), logits.compress(present, 1), average=None)
     return 100 * scores
-
 
 def metrics(task, labels, logits):
     """{name: value}; the first is the main one, which tables quote.
@@ -79,7 +80,8 @@ def metrics(task, labels, logits):
             "d'": 2**0.5 * statistics.NormalDist().inv_cdf(inside)}
 
 
-# ---- intervals: the main metric on many random halves at once -------------------------------
+# ---- intervals: the main metric on many random halves at once
+
 def average_precision(labels, scores, weights):
     """scikit-learn's average_precision_score with sample_weight, for all columns of weights at
     once: the sum over thresholds of precision x gain in recall; tied scores are one threshold.
@@ -98,7 +100,6 @@ def average_precision(labels, scores, weights):
     found = gain.cumsum(0)
     return (gain * found / np.maximum(seen, 1e-300)).sum(0) / found[-1]
 
-
 def main_metric(task, labels, seeds, weights):
     """Percent for each column of weights (n, R), mean over seeds, a list of logits: (R,)."""
     if task == "single":
@@ -109,7 +110,6 @@ def main_metric(task, labels, seeds, weights):
                   for logits in seeds]                                       # (seeds, C, R)
     return 100 * np.nanmean(values, (0, 1))
 
-
 def resamples(recordings, number=RESAMPLES):
     """(clips, number) float32: each column is 1 for a random half of the recordings, else 0. The
     same recordings give the same columns, so that any two heads can be paired.
@@ -118,7 +118,6 @@ def resamples(recordings, number=RESAMPLES):
     group = np.unique(recordings, return_inverse=True)[1]
     key = np.random.default_rng(0).random((group.max() + 1, number))
     return (key < np.median(key, 0)).astype(np.float32)[group]
-
 
 def interval(score, draws):
     """(low, high) of 95 %, around the score minus its bias; nan with fewer than two draws.
@@ -133,7 +132,8 @@ def interval(score, draws):
     return middle - reach, middle + reach
 
 
-# ---- reading runs ---------------------------------------------------------------------------
+# ---- reading runs
+
 def read(file, kinds="", shape=(), columns=None, mmap_mode=None):
     """.npy: an array of these dtype kinds, finite, whose shape begins with shape; .csv: a list of
     rows of columns {name: type}; .json: a dict; else a list of lines. Raises Stop."""
@@ -148,9 +148,8 @@ def read(file, kinds="", shape=(), columns=None, mmap_mode=None):
             if columns:
                 return [[kind(row[k]) for k, kind in columns.items()] for row in csv.DictReader(f)]
             return dict(json.load(f)) if file.endswith(".json") else f.read().splitlines()
-    except Exception as e:  # numpy parses a header as Python: one flipped bit can raise anything
+    except Exception as e:  # a damaged file can raise any exception: numpy parses headers
         raise Stop(f"{file} cannot be read ({getattr(e, 'strerror', None) or repr(e)})")
-
 
 def read_dump(data, model):
     """What tokens/<data>/<model>/ says: labels bool (clips, C), paths, starts (s) and recordings
@@ -176,7 +175,6 @@ def read_dump(data, model):
                            metric=metric, classes=classes, labels=labels > 0, paths=paths,
                            starts=starts, recordings=recordings)
 
-
 def read_run(folder, dump):
     """A seed: folder, info (run.json), rows (n,) ascending, logits (n, C), and order, which sorts
     other files of the run in the same way. Raises Stop with the reason if it cannot be scored."""
@@ -194,7 +192,6 @@ def read_run(folder, dump):
         raise Stop(f"rows.npy must name some of the dump's {clips} clips, each of them once")
     return SimpleNamespace(folder=folder, info=info, order=order, rows=rows[order],
                            logits=logits[order].astype(np.float32))
-
 
 def read_heads(root, *wanted):
     """[head]: dump, pool, name (columns of a table), rows, labels, and runs, its seeds, all tested
@@ -223,14 +220,14 @@ def read_heads(root, *wanted):
             print(f"skipped {root}/{path}: {e}", file=sys.stderr)
     return sorted(heads.values(), key=lambda head: (*head.name.values(), head.pool))
 
-
 def fingerprint(dump, rows):
     """The number of clips, and 6 digits of an md5 that tells whether they are the same clips."""
     clips = "".join(f"{dump.paths[row]} {dump.starts[row]}\n" for row in rows)
     return f"{len(rows)} ({hashlib.md5(clips.encode()).hexdigest()[:6]})"
 
 
-# ---- tables: lists of rows {column: value} --------------------------------------------------
+# ---- tables: lists of rows {column: value}
+
 def score_table(heads):
     """A row per head, mean over seeds, after one for a head that knows nothing."""
     table = []
@@ -255,7 +252,6 @@ def score_table(heads):
             "parameters": runs[0].info["parameters"],
             "s/epoch": np.mean([run.info["seconds_per_epoch"] for run in runs])})
     return table
-
 
 def compare_table(heads, a, b):
     """score(a) - score(b) for each data x model that has both, on the clips that both tested."""
@@ -282,7 +278,6 @@ def compare_table(heads, a, b):
                    f"with python probe.py --pool {a},{b}")
     return table
 
-
 def class_table(heads):
     """AP (multi) or recall (single) of each class in percent, mean over seeds."""
     table = {}
@@ -294,7 +289,6 @@ def class_table(heads):
                 "class": head.dump.classes[j], "positives": count[j]})
             row[head.pool] = scores[j]
     return list(table.values())
-
 
 def print_table(table, style):
     """Print rows as text, csv or md. Text and md leave out empty columns."""
@@ -312,7 +306,6 @@ def print_table(table, style):
     for line in zip(*padded):
         print(f"| {' | '.join(line)} |" if style == "md" else "  ".join(line).rstrip())
 
-
 def cell(row, column, style):
     value = row.get(column)
     if value is None or value != value:
@@ -324,7 +317,8 @@ def cell(row, column, style):
     return f"{value:,}" if isinstance(value, (int, np.integer)) else f"{value:.2f}"
 
 
-# ---- localization: when, by heads that learned from clip labels -----------------------------
+# ---- localization: when, by heads that learned from clip labels
+
 def read_events(dump, rows):
     """T, F, seconds per time step, seconds per clip, and for each of these rows of the dump
     [(onset, offset, label)] in seconds from the start of the clip, [] if unknown."""
@@ -341,7 +335,6 @@ def read_events(dump, rows):
                             if onset < start + times[1] and offset > start]
                            for path, start in zip(dump.paths[rows], dump.starts[rows])]
 
-
 def read_truth(head):
     """frames bool (n, T, C): an event covers the center of the step; segments bool (n, S, C): an
     event touches the second; average float32 (S, T): the mean of each second's steps. Steps
@@ -356,7 +349,6 @@ def read_truth(head):
             segments[i, (second < offset) & (second + 1 > onset), column[label]] = True
     average = (center.astype(int) == second[:, None]).astype(np.float32)
     return frames, segments, average / np.maximum(average.sum(1, keepdims=True), 1)
-
 
 def event_f1(true, scores):
     """F1 of events in percent at each of THRESHOLDS (thresholds, C), nan for a class without
@@ -375,7 +367,6 @@ def event_f1(true, scores):
             either = np.maximum(offset, end[k]) - np.minimum(onset, begin[k])
             values[t, j] = 200 * (2 * both >= either).sum() / (len(onset) + len(begin))
     return values
-
 
 def localize_table(heads, valid_heads):
     """Score frames.npy against known onsets, macro over classes; for comparison random scores and
@@ -414,7 +405,6 @@ def localize_table(heads, valid_heads):
                    "with python probe.py --data demo --pool protobin --frames")
     return list(table.values())
 
-
 def show_clip(heads, clip, pool):
     """Write <data>-<model>-<pool>-<row>.png: the clip's spectrogram, and for each predicted (logit
     > 0) and each true class what its tokens added to the logit."""
@@ -437,8 +427,8 @@ def show_clip(heads, clip, pool):
     draw_clip(dump, row, run.logits[i], evidence, events, wave, rate).savefig(file, dpi=150)
     print(file)
 
-
 def draw_clip(dump, row, logits, evidence, events, wave, rate):
+    """The figure: logits (C,), evidence (C, T, F), events as of read_events, wave (samples,)."""
     from matplotlib import pyplot
     labels, order, (C, T, F) = dump.labels[row], np.argsort(-logits), evidence.shape
     shown = [j for j in order if labels[j] or logits[j] > 0][:PANELS] or order[:1]
@@ -462,7 +452,6 @@ def draw_clip(dump, row, logits, evidence, events, wave, rate):
     figure.colorbar(image, ax=list(axes[1:]), label="added to the logit by each token", aspect=40)
     return figure
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
@@ -481,9 +470,8 @@ def main():
     wanted = args.data, args.model, args.pool
     heads = read_heads(args.runs, *wanted)
     if not heads:
-        print(f"evaluate.py: no run below {args.runs}/ can be scored (with these --data, --model, "
-              f"--pool); make one with python probe.py", file=sys.stderr)
-        return 1
+        raise Stop(f"no run below {args.runs}/ can be scored (with these --data, --model, --pool); "
+                   f"make one with python probe.py")
     if args.show:
         return show_clip(heads, args.show, args.pool or "protobin")
     print_table(compare_table(heads, *args.compare) if args.compare else
@@ -495,6 +483,10 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Stop, ImportError, OSError, MemoryError, RuntimeError) as e:
+    except ImportError as e:
+        print(f"evaluate.py: {e}; run pip install {e.name}", file=sys.stderr)
+    except (Stop, OSError, MemoryError, RuntimeError) as e:  # RuntimeError: soundfile's
         print(f"evaluate.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(2)

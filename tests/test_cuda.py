@@ -200,6 +200,7 @@ def waits():
         for Head in probe.HEADS.values():
             for source in (torch.tensor(tokens, device="cuda"), tokens):
                 head = Head(64, 4, (8, 4), 3).cuda()
+                dtype = torch.float16 if Head is probe.ProtoBin else torch.float32
                 probe.train(head, source, cls, labels, rows, settings, dtype)
     source = torch.randn(600, 512, 768, dtype=torch.float16, device="cuda")
     labels, head = torch.rand(600, 527).round().cuda(), probe.ProtoBin(768, 527, M=10).cuda()

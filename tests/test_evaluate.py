@@ -254,7 +254,7 @@ def test_which_runs():
         names = {row["head"] for row in table(*flags.split())}
         assert names - {"prevalence", "majority class"} == heads
     nothing = script("evaluate.py", "--model", "beats")
-    assert nothing.returncode == 1 and "python probe.py" in nothing.stderr
+    assert nothing.returncode == 2 and "python probe.py" in nothing.stderr
 
 
 def test_only_tested_clips_are_scored_in_any_order():
@@ -363,7 +363,7 @@ def test_broken_runs_and_dumps_are_named_and_skipped(file, what, word):
     assert message.startswith("skipped runs/bad/eat/mean/seed1: ") and word in message, message
     assert len(others) == in_dump and ("bad" in done.stdout) == (not in_dump)
     assert done.returncode == 0 and "good" in done.stdout
-    assert script("evaluate.py", "--data", "bad").returncode == in_dump
+    assert script("evaluate.py", "--data", "bad").returncode == 2 * in_dump
 
 
 @pytest.mark.parametrize("flags, file, what, word", [
