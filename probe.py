@@ -47,9 +47,9 @@ SEEDS = 5           # runs of a head [paper]
 PROTOTYPES = {"as20k": 10}  # per class, by dataset; 20 for all others [paper]
 GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]; BAT: 1, 0, 0
 DECAY = 1e-4        # weight decay, of matrices only; inside the paper's 1e-5..5e-4 [ours]
-TILE = 2 ** 24      # cosines held at once on a GPU [ours]
+TILE = {"cpu": 2 ** 19, "cuda": 2 ** 24}  # cosines held at once [ours]
 MEMORY = 0.6        # share of a GPU's free memory that resident tokens may take [ours]
-AHEAD = 2           # batches read ahead from the file, in as many threads [ours]
+AHEAD = 3           # batches read ahead from the file for a GPU, in as many threads [ours]
 
 # Peak learning rate of the cosine schedule. The paper searches one per head, encoder and dataset
 # (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These are fixed [ours]: inside
@@ -86,7 +86,7 @@ class MaxCos(torch.autograd.Function):
         length = torch.linalg.vector_norm(tokens, dim=2, dtype=p.dtype).clamp(min=1e-12)  # (B, N)
         scores, places = p.new_empty(K, B), torch.empty(K, B, dtype=torch.long, device=p.device)
         signs = p.sign().half() if half else None
-        step = max(1, TILE // (N * K)) if tokens.is_cuda else 1
+        step = max(1, TILE[tokens.device.type] // (N * K))
         for b in range(0, B, step):
             x = tokens[b:b + step].flatten(0, 1).T                           # (D, b*N)
             dots = half_product(signs, x) if half else p @ x                 # (K, b*N)
@@ -391,30 +391,27 @@ LOSSES = {"asl": asymmetric_loss,
           "ce": nn.functional.cross_entropy}  # one-hot rows are class probabilities
 
 def batches(source, rows, device, dtype=torch.float32):
-    """Yield (rows of a batch, source[rows]), both on the device. source: a tensor on the device, or
-    a memory-mapped array, which a few threads read ahead. Tokens are valid until the next batch."""
+    """Yield (rows of a batch, source[rows]), both on the device. source: a tensor there, or a
+    memory-mapped array, for a GPU read ahead by a few threads. Tokens are valid until the next."""
     parts, at = rows.split(BATCH), rows.to(device).split(BATCH)
-    if torch.is_tensor(source):
+    if device == "cpu":  # memory is reused, as allocating takes 6 times as long as copying
+        source = np.asarray(source)
+        raw = np.empty((len(parts[0]), *source.shape[1:]), source.dtype)
+        out = torch.empty(raw.shape, dtype=dtype)
+        for part in parts:
+            np.take(source, part.numpy(), 0, out=raw[:len(part)], mode="clip")
+            yield part, out[:len(part)].copy_(torch.from_numpy(raw[:len(part)]))
+    elif torch.is_tensor(source):
         yield from ((part, source[part].to(dtype)) for part in at)
-        return
-    # reused, as allocating takes 6 times as long as copying; a GPU's copies need no such buffers
-    shape = (len(parts[0]), *source.shape[1:]) if device == "cpu" else ()
-    buffers = [torch.empty(shape) for _ in range(AHEAD + 1)]
-
-    def read(i):
-        if device == "cuda":
-            return torch.from_numpy(source[parts[i].numpy()]).pin_memory()
-        out = buffers[i % len(buffers)][:len(parts[i])]
-        for place, row in zip(out, parts[i].tolist()):
-            place.copy_(torch.from_numpy(source[row]))
-        return out
-    jobs = []
-    with concurrent.futures.ThreadPoolExecutor(  # one torch thread each: the cores are training
-            AHEAD, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for i, part in enumerate(at):
-            jobs += [pool.submit(read, k) for k in range(len(jobs), min(i + AHEAD + 1, len(parts)))]
-            yield part, jobs[i].result().to(device, non_blocking=True).to(dtype)
-            jobs[i] = None  # frees its memory
+    else:
+        def read(part):
+            return torch.from_numpy(source[part.numpy()]).pin_memory()
+        jobs = []
+        with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
+            for i, part in enumerate(at):
+                jobs += [pool.submit(read, ahead) for ahead in parts[len(jobs):i + AHEAD + 1]]
+                yield part, jobs[i].result().to(device, non_blocking=True).to(dtype)
+                jobs[i] = None  # frees its memory
 
 def train(head, source, cls, labels, rows, settings, dtype=torch.float32, name=""):
     """EPOCHS passes of AdamW with cosine decay to zero, no warm-up; keeps the last epoch. Returns

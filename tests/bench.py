@@ -315,7 +315,7 @@ def bench_rates(D=256, N=32, clips=1000, tested=400, sizes=(50, 200, 500)):
             torch.manual_seed(0)
             head = probe.HEADS[pool](D, C, (N // 4, 4), 20)
             train(head, source, hot.float(), torch.arange(clips), lr)
-            parts = probe.batches(source, torch.arange(clips, n), DEVICE, head.eval())
+            parts = probe.batches(source, torch.arange(clips, n), DEVICE)
             logits = torch.cat([head(x).detach().cpu() for _, x in parts]).numpy()
             score = evaluate.metrics("multi", labels[clips:], logits)["macro mAP"]
             print(f"{C:3} classes  {pool:>10}  {lr:6g}  {score:.1f}", flush=True)

@@ -85,8 +85,8 @@ def test_start_crop_and_padding(start, seconds, first, last):
 
 
 @pytest.mark.parametrize("wave, rate, keyword", [
-    (np.zeros(0), 16000, "before its start"), (np.ones(800), 16000, "before its start"),
-    (np.full(9000, np.nan), 16000, "not numbers"), (np.full(9000, np.inf), 16000, "not numbers"),
+    (np.zeros(0), 16000, "before the clip starts"), (np.ones(800), 16000, "before its start"),
+    (np.full(9000, np.nan), 16000, "NaN"), (np.full(9000, np.inf), 16000, "not numbers"),
     (np.ones(50000), 22254, "22254"), (np.sin(np.arange(110250) ** 1.5), 22050, "")])
 def test_unreadable_clips_become_silence(wave, rate, keyword):
     """22254 Hz would need a resampling kernel of gigabytes. The last file has a hole of zeros."""

@@ -255,7 +255,7 @@ class Evil:
     ("amae+", "amae", {}, "norm.bias"), ("eat", "eat", {"surprise": torch.ones(3)}, "surprise"),
     ("eat", "eat", {"model.pre_norm.weight": torch.ones(3)}, "norm.weight"),
     ("eat", "eat", {"model.fixed_positional_encoder.positions": torch.ones(())}, "dim"),
-    ("eat", "eat", {"hook": Evil()}, "plain tensors")])
+    ("eat", "eat", {"hook": Evil()}, "cannot be read as a checkpoint")])
 def test_wrong_checkpoints_are_refused(model, family, change, keyword):
     content = {k: v for k, v in (small(family) | change).items() if v is not None}
     with pytest.raises(extract.Stop, match=f"w.pt.*{keyword}"):
@@ -268,7 +268,7 @@ def test_wrong_checkpoints_are_refused(model, family, change, keyword):
 def test_truncated_checkpoints_are_refused(file, size):
     encoder("eat", small("eat"), file=file)
     pathlib.Path(file).write_bytes(pathlib.Path(file).read_bytes()[:size])
-    with pytest.raises(extract.Stop, match=f"{file}.*complete"):
+    with pytest.raises(extract.Stop, match=f"{file}.*cannot be read"):
         extract.Encoder("eat", file, 2.0)
 
 

@@ -127,8 +127,7 @@ def test_prototype_gradient_equals_naive_graph(name, K, N, clips_at_once, monkey
     head, x, g = build(name, 96, 10, K // 10), torch.randn(40, N, 96).double(), torch.randn(40, K)
     x[:, 1], x[:, 4], x[2] = x[:, 3], 0, 0  # ties, zero tokens, a clip of zeros
     head.prototypes.data[0, 0] = 0          # its sign is +1
-    monkeypatch.setattr(torch.Tensor, "is_cuda", clips_at_once > 1, raising=False)
-    monkeypatch.setattr(probe, "TILE", clips_at_once * N * K)
+    monkeypatch.setattr(probe, "TILE", {"cpu": clips_at_once * N * K})
     s, places = head.similarity(x)
     (s * g).sum().backward()
     p = head.prototypes.detach().clone().requires_grad_()
@@ -201,7 +200,7 @@ def test_parameter_counts(name):
 def test_head_pasted_alone(name):
     parts = [probe.half_product, probe.MaxCos] * (name in PROTOTYPES)
     parts += [base for base in probe.HEADS[name].__mro__[::-1] if base.__module__ == "probe"]
-    space = {"torch": torch, "TILE": probe.TILE}
+    space = {"torch": torch, "nn": torch.nn, "TILE": probe.TILE}
     exec("".join(inspect.getsource(part) for part in parts), space)
     pasted = space[probe.HEADS[name].__name__](D, C, GRID, M).double()
     pasted.load_state_dict(build(name).state_dict())
