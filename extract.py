@@ -769,7 +769,7 @@ def fetch_dataset(root, urls):
                 shutil.copy(file, new)
         except Exception as e:  # every kind of archive has its own errors
             raise Stop(f"{file} cannot be unpacked ({e}); delete it, or all of {parts}, and run "
-                       f"the command again, or unpack it by hand into {root} (a split zip needs the "
+                       f"the command again, or unpack it by hand into {root} (split zips need the "
                        f"program zip: zip -s 0 NAME.zip --out whole.zip)")
     inside = glob.glob(f"{new}/*")
     os.rename(inside[0] if len(inside) == 1 and os.path.isdir(inside[0]) else new, root)

@@ -14,7 +14,6 @@ up to 10 GB, go into a temporary folder where you stand. BENCH.md has the result
 import functools
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -53,17 +52,15 @@ def clock(*functions, rounds=5, before=lambda: None):
             seconds.append(time.perf_counter() - begin)
     return [np.median(seconds[1:]) for seconds in times]
 
-
 def mapped_tokens(*shape):
     block = np.random.default_rng(0).standard_normal((50, *shape[1:])).astype(np.float16)
     np.save("tokens.npy", np.resize(block, shape))  # repeats the block
     return np.load("tokens.npy", mmap_mode="r")
 
-
 def train(head, source, labels, rows, lr):
     settings = {"lr": lr, "weight_decay": probe.DECAY, "loss": "asl", "seed": 0}
-    return probe.train(head.to(DEVICE), source, None, labels, rows, settings)
-
+    dtype = HALF if type(head) is probe.ProtoBin else torch.float32
+    return probe.train(head.to(DEVICE), source, None, labels, rows, settings, dtype)
 
 def eat_products(B, L, D=768, H=12):
     """(a function that does the multiplications of EAT's 12 blocks and no more, their FLOP)"""
@@ -72,12 +69,10 @@ def eat_products(B, L, D=768, H=12):
         (D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)))
     pairs = [*zip((x, x, x, hidden), w), (q, q.transpose(1, 2)), (a, q)]
     out = [m @ n for m, n in pairs]  # used again: fresh memory would cost more than a product
-
     def products():
         for (m, n), o in 12 * [*zip(pairs, out)]:
             torch.matmul(m, n, out=o)
     return products, 12 * sum(2 * m.numel() * n.shape[-1] for m, n in pairs)
-
 
 def interpreter_time(thread, function):
     """Seconds in which function() in another thread keeps this one, which only spins, from the
@@ -90,17 +85,14 @@ def interpreter_time(thread, function):
         pass
     return asleep() - begin
 
-
 def bench_extract(B=extract.BLOCK[DEVICE], seconds=10.0, rounds=5, clips=12800 if CUDA else 3000):
     """EAT's shapes, random weights; on a GPU in half precision. naive: clip by clip, attention as
-    softmax(q k') v. matmuls: the encoder's products alone. free encoder: extract.fill_dump reads,
-    resamples, copies and writes. hold the interpreter: a thread reads 40 clips, another spins in
-    Python; what that one loses, except waiting for a core. Above 0.25 ms it cannot feed a GPU."""
+    softmax(q k') v. free encoder: extract.fill_dump with an encoder that takes no time. Readers
+    that hold the interpreter for more than 0.25 ms per clip cannot feed a GPU."""
     encoder = extract.Encoder("random", None, seconds, DEVICE, "fp16" if CUDA else "fp32")
     waves = torch.randn(B, round(seconds * 16000)) / 10
     products, flop = eat_products(B, 1 + encoder.frames // 2)
     shapes, some = encoder(waves[:1]), waves[:B if CUDA else 1]
-
     def naive():
         with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: (
                 q @ k.transpose(2, 3) / 8).softmax(-1) @ v):
@@ -124,9 +116,8 @@ def bench_extract(B=extract.BLOCK[DEVICE], seconds=10.0, rounds=5, clips=12800 i
         pinned, tokens = waves.pin_memory(), encoder(waves)[0].half()
         back = torch.empty_like(tokens, device="cpu", pin_memory=True)
         times = clock(lambda: pinned.to("cuda", non_blocking=True), lambda: back.copy_(tokens))
-        into, out, both = waves.nbytes / times[0], back.nbytes / times[1], sum(times) / B
-        print(f"copies alone: {into / 1e9:.1f} GB/s in, {out / 1e9:.1f} out; of their clips/s ours "
-              f"reaches {both / ours:.0%}, the free encoder {both * rate:.0%}")
+        into, out = waves.nbytes / times[0] / 1e9, back.nbytes / times[1] / 1e9
+        print(f"copies alone: {into:.1f} GB/s in, {out:.1f} out, {B / sum(times):.0f} clips/s")
     read = functools.partial(extract.read_block, ".", table, seconds, False, range(40))
     resample = functools.partial(extract.resampler(44100), torch.randn(round(seconds * 44100)))
     with ThreadPoolExecutor(1, "reader", extract.one_core, (DEVICE,)) as reader:
@@ -135,15 +126,13 @@ def bench_extract(B=extract.BLOCK[DEVICE], seconds=10.0, rounds=5, clips=12800 i
     print(f"one reader, 44.1 kHz stereo: {40 / whole:.0f} clips/s, {40 * part / whole:.0%} of it "
           f"resampling; {1000 * held / 40:.2f} ms per clip hold the interpreter")
 
-
 def protobin_graph(kind, C, M, B, N, D):
     """(step, head, tokens): one training step, forward, loss, backward to the latents and W."""
     torch.manual_seed(0)
-    tokens = torch.randn(B, N, D, device=DEVICE).half()  # as in a dump
-    tokens = tokens.to(HALF if kind == "ours" else torch.float32)
+    dtype = HALF if kind == "ours" else torch.float32
+    tokens = torch.randn(B, N, D, device=DEVICE).half().to(dtype)  # half as in a dump
     labels = (torch.rand(B, C, device=DEVICE) < 0.1).float()
     head = probe.ProtoBin(D, C, M=M).to(DEVICE)
-
     def scores():
         p = head.prototypes
         p = F.normalize(torch.where(p >= 0, 1.0, -1.0) + p - p.detach(), dim=1)
@@ -152,13 +141,11 @@ def protobin_graph(kind, C, M, B, N, D):
             return F.conv2d(x.mT[..., None], p[..., None, None]).flatten(2).max(2).values
         with torch.autocast(DEVICE, torch.float16, enabled=kind == "half"):
             return (x @ p.T).max(1).values.float()
-
     def step():
         head.zero_grad()
         logits = head(tokens) if kind == "ours" else head.linear(scores())
         probe.asymmetric_loss(logits, labels).backward()
     return step, head, tokens
-
 
 def step_memory(*graph):
     """Most bytes that a step holds beside the tokens and the head; nan if not measured."""
@@ -167,52 +154,43 @@ def step_memory(*graph):
         torch.cuda.reset_peak_memory_stats()
     elif LINUX:
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-
     def peak():
         status = pathlib.Path("/proc/self/status").read_text() if LINUX else "VmHWM: nan"
         return (torch.cuda.max_memory_allocated() if CUDA else
-                1024 * float(re.search(r"VmHWM:\s+(\w+)", status)[1]))
+                1024 * float(status.split("VmHWM:")[1].split()[0]))
     before = peak()
     step()
     return peak() - before
 
-
 def bench_probe(sizes=((10, 20), (50, 20), (527, 10)), B=128, N=512, D=768, rounds=3):
-    """A training step of protobin beside graphs that keep (B, N, K) cosines; on a GPU ours takes
-    float16 tokens and `half` is the matmul graph under autocast. product: prototypes times tokens,
-    once. memory: what a step adds, each graph in its own process."""
+    """A training step of protobin beside graphs that keep (B, N, K) cosines; `half` is the matmul
+    graph under autocast. product: prototypes times tokens, once. memory: what a step adds."""
     kinds = ("ours", "matmul", "conv2d") + ("half",) * CUDA
     for C, M in sizes:
         graphs = [protobin_graph(kind, C, M, B, N, D) for kind in kinds]
         _, head, tokens = graphs[0]
         p, few = head.prototypes.detach().to(tokens.dtype), B * N if CUDA else 512
-
         def product():  # on a CPU a few rows at a time: the result stays in the cache
             for x in tokens.flatten(0, 1).split(few):
                 p @ x.T
         *times, alone = clock(*(step for step, _, _ in graphs), product, rounds=rounds)
-        code = "from bench import *; print(step_memory{})"
-        peaks = [float(subprocess.check_output(
-            [sys.executable, "-c", code.format((kind, C, M, B, N, D))], cwd=ROOT / "tests"))
-            for kind in kinds]
+        codes = [f"from bench import *; print(step_memory{kind, C, M, B, N, D})" for kind in kinds]
+        peaks = [float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT / "tests"))
+                 for code in codes]
         print(f"K = {M * C:,}, B = {B}: the product is {alone / times[0]:.0%} of our step, "
               f"{2 * B * N * D * M * C / alone / 1e9:,.0f} GFLOP/s")
         for kind, seconds, peak in zip(kinds, times, peaks):
-            memory = f"{peak / 1e9:.2f} GB" if peak == peak else "not measured"
-            print(f"{kind:>9}: {seconds:.4f} s, {seconds / times[0]:.1f} x ours; memory {memory}, "
-                  f"{peak / peaks[0]:.1f} x ours")
-
+            print(f"{kind:>9}: {seconds:.4f} s, {seconds / times[0]:.1f} x ours; memory "
+                  f"{peak / 1e9:.2f} GB, {peak / peaks[0]:.1f} x ours")
 
 def bench_io(clips=4000):
     """Training reads (probe.batches, 786 kB per clip) of a file that is dropped from the page cache
     before every pass. sequential: four threads. naive: tokens[rows] of the mapped array."""
     tokens, rows = mapped_tokens(clips, 512, 768), torch.randperm(clips)
-
     def drop_cache():
         with open("tokens.npy", "rb") as f:
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
     def sequential():
         with open("tokens.npy", "rb") as f, ThreadPoolExecutor(4) as pool:
             starts = range(0, tokens.nbytes, 2**23)
@@ -225,7 +203,6 @@ def bench_io(clips=4000):
     print(f"{tokens.nbytes / 1e9:.1f} GB: sequential {limit:.2f} GB/s, training reads {fast:.2f} "
           f"GB/s = {fast / limit:.0%} of it, {fast / slow:.1f} x naive")
 
-
 def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
     """One epoch of protobin as probe.py trains it, tokens mapped; on a GPU they are resident."""
     tokens, labels = mapped_tokens(clips, N, D), (torch.rand(clips, C) < 0.005).float().to(DEVICE)
@@ -234,7 +211,6 @@ def bench_scale(clips=20000, N=128, D=768, C=527, M=10):
         _, seconds = train(head, source, labels, torch.arange(clips), 2e-3)
     print(f"{clips:,} clips, N = {N}, K = {M * C:,}: {seconds:.1f} s an epoch")
 
-
 def bench_evaluate(clips=20_000, C=527, halves=200):
     """Halves of an AudioSet-sized test set, classes of 0.03 to 6 %. naive: scikit-learn's AP with
     sample_weight in a loop, timed on every 31st class and 3 halves and scaled."""
@@ -242,7 +218,6 @@ def bench_evaluate(clips=20_000, C=527, halves=200):
     labels = rng.random((clips, C)) < np.geomspace(0.0003, 0.06, C)
     logits = (rng.standard_normal((clips, C)) + 2 * labels).astype(np.float32)
     weights, some = evaluate.resamples(np.arange(clips), halves), range(3, C, 31)
-
     fast, slow = clock(lambda: evaluate.main_metric("multi", labels, [logits], weights), lambda: [
         average_precision_score(labels[:, j], logits[:, j], sample_weight=weights[:, r])
         for j in some for r in range(3)])
@@ -250,14 +225,12 @@ def bench_evaluate(clips=20_000, C=527, halves=200):
     print(f"{clips:,} clips x {C} classes x {halves} halves: {fast:.1f} s, {slow / fast:.0f} x "
           f"faster than scikit-learn's {slow:.0f} s")
 
-
 def bench_busy(**sizes):
     """The demo's extraction and one seed of protobin, scripts run as processes on the CPU, beside
     `while True: pass` and alone, idle OpenMP threads asleep (PASSIVE, the default) or not."""
     import demo
     demo.make(**sizes)
     pathlib.Path("datasets.txt").write_text("demo multi 5 10\n")
-
     def run(args, policy, code="while True: pass"):
         other = subprocess.Popen([sys.executable, "-c", code])
         try:
@@ -271,11 +244,9 @@ def bench_busy(**sizes):
             print(f"{args[0].name}, {policy}: {alone:.1f} s alone, {busy:.1f} s beside a busy "
                   f"process = {busy / alone:.2f} x", flush=True)
 
-
 def bench_costs():
     """The paper's grid, counted: 9 encoders (as ViT-B), 14 datasets, 11 heads, 5 seeds, 30 epochs.
-    A head's backward counts as its forward; linear, mlp, linearc, linpre, trained on means, count
-    as nothing. Reads: once if resident, else once an epoch by every seed of every other head."""
+    A backward counts as a forward, heads trained on means as nothing; BENCH.md says more."""
     sets = np.array((  # clips, of them trained on in an epoch (esc50: 5 folds), N, K
         (35827, 18685, 512, 5270), (51197, 40966, 512, 4000), (3438, 2746, 512, 200),  # as20k ...
         (25000, 17500, 512, 660), (10000, 8000, 512, 200), (13344, 1344, 256, 420),  # spass urban
@@ -291,7 +262,6 @@ def bench_costs():
         epochs = 150 * train @ N * (len(heads) + banks) * 2 * D * encoders / 1e12
         print(f"{encoders} x {clips.sum():,.0f} clips of {number} sets: {encoder:,.0f} PFLOP of "
               f"encoders, {head:,.0f} of heads; reads {once:.2f} or {epochs:,.0f} TB")
-
 
 def bench_rates(D=256, N=32, clips=1000, tested=400, sizes=(50, 200, 500)):
     """Valid macro mAP, 1 seed, on planted tokens: noise about a common mean into which each class

@@ -21,7 +21,7 @@ RATE, SECONDS, SEED = 16000, 5, 2509
 
 
 def make(root="data/demo", splits=SPLITS):
-    """Write the soundscapes (16 kHz, 16 bit), manifest.csv and events.csv below root, all or none."""
+    """Write soundscapes (16 kHz, 16 bit), manifest.csv and events.csv below root, all or none."""
     new = root + ".making"
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(os.path.join(new, "audio"))

@@ -79,11 +79,11 @@ def slow(name, h, x, c, keep):
     return h.linear.weight @ torch.cat(z) + h.linear.bias
 
 
-@pytest.mark.parametrize("steps", (T, 2))  # heads take T from what they get
+@pytest.mark.parametrize("clips, steps", ((B, T), (B, 2), (1, T)))  # heads take T from the tokens
 @pytest.mark.parametrize("name", probe.HEADS)
-def test_head_equals_slow_implementation(name, steps):
-    head, tokens, keep, g = build(name), TOKENS[:, :steps * F], range(steps * F), torch.randn(B, C)
-    logits = head(tokens, CLS)
+def test_head_equals_slow_implementation(name, clips, steps):
+    head, tokens, keep = build(name), TOKENS[:clips, :steps * F], range(steps * F)
+    logits, g = head(tokens, CLS[:clips]), torch.randn(clips, C)
     (logits * g).sum().backward()
     fast = {key: p.grad for key, p in head.named_parameters()}
     head.zero_grad()
@@ -96,31 +96,18 @@ def test_head_equals_slow_implementation(name, steps):
         torch.testing.assert_close(fast[key], p.grad, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", probe.HEADS)
-def test_evidence_sits_at_its_token_and_sums_to_the_logit(name):
+@pytest.mark.parametrize("name", sorted(probe.HEADS.keys() - {"linear", "mlp", "linearc"}))
+def test_evidence_is_what_each_token_added(name):
     head = build(name).requires_grad_(False)
-    if name in ("linear", "mlp", "linearc"):
-        assert not hasattr(head, "evidence")
-        return
     if name in PROTOTYPES:
         head.score_mean.copy_(0.1 * torch.rand(M * C))
     evidence = head.evidence(TOKENS)                                         # (B, C, N)
-    rest = head(TOKENS) - evidence.sum(-1)
-    torch.testing.assert_close(rest, rest[:1].expand(B, C))  # a constant per class
     for i, n in itertools.product(range(B), range(N)):
         one, none = (slow(name, head, list(TOKENS[i]), None, keep) for keep in ([n], []))
         torch.testing.assert_close(evidence[i, :, n], one - none, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", probe.HEADS)
-def test_token_order_and_batch_of_one(name):
-    head, shuffled = build(name), TOKENS[:, torch.randperm(N)]
-    torch.testing.assert_close(head(TOKENS[:1], CLS[:1]), head(TOKENS, CLS)[:1])
-    same = torch.allclose(head(shuffled, CLS), head(TOKENS, CLS))
-    assert same == (name not in ("conv", "linpre"))
-
-
-@pytest.mark.parametrize("clips_at_once", (1, 3))  # 3: as on a GPU
+@pytest.mark.parametrize("clips_at_once", (1, 3))
 @pytest.mark.parametrize("name", PROTOTYPES)
 @pytest.mark.parametrize("K,N", ((40, 31), (2500, 7)))
 def test_prototype_gradient_equals_naive_graph(name, K, N, clips_at_once, monkeypatch):
@@ -139,12 +126,9 @@ def test_prototype_gradient_equals_naive_graph(name, K, N, clips_at_once, monkey
     torch.testing.assert_close(s, naive, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(cosines.gather(1, places[:, None])[:, 0], best)
     assert (head.prototypes.grad - p.grad).norm() < 1e-9 * p.grad.norm()
-    # normalizing comes after the sign: the gradient has no part along the prototype
-    assert (p.grad * normalize(unit, dim=1)).sum(1).abs().max() < 1e-9 < p.grad.norm()
 
 
-@pytest.mark.parametrize("K", (40, 1025))
-@pytest.mark.parametrize("N", (31, 250))
+@pytest.mark.parametrize("K, N", ((40, 31), (1025, 250)))
 def test_half_precision_finds_the_winners_of_float64(K, N):
     torch.manual_seed(0)
     x, p = torch.randn(36, N, 96).half(), normalize(torch.randn(K, 96).sign(), dim=1)
@@ -157,18 +141,12 @@ def test_half_precision_finds_the_winners_of_float64(K, N):
     torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_autograd_keeps_no_similarity_tensor():
-    head, saved = probe.ProtoBin(32, 50, None, 20), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), id):
-        head(torch.randn(8, 64, 32))
-    assert saved and max(saved) < 8 * 64 * 1000 / 10
-
-
-def test_protobin_is_exactly_binary():
-    head = build("protobin", 256, 10, 20)
-    assert abs(head.prototypes.std().item() - 0.02) < 1e-3
-    head.prototypes.data[0, 0] = 0
-    assert torch.equal(head.unit(), torch.where(head.prototypes >= 0, 1.0, -1.0).double() / 16)
+def test_initial_values():
+    torch.manual_seed(0)
+    protobin, proto = (probe.HEADS[name](256, 10, None, 20) for name in ("protobin", "proto"))
+    assert abs(protobin.prototypes.std().item() - 0.02) < 1e-3
+    assert (proto.weight == 1).all() and (proto.bias == -2).all()
+    assert 0 <= proto.prototypes.min() < 0.01 and 0.99 < proto.prototypes.max() < 1
 
 
 def test_proto_penalty():
@@ -178,21 +156,18 @@ def test_proto_penalty():
     torch.testing.assert_close(head.penalty(), total.sqrt() / (C * M * M))
 
 
-# D*C + C and so on, counted by hand for D = 768, N = 64 x 8, C = 10, 50, 200, 527
+# D*C + C and so on, counted by hand for D = 768, N = 64 x 8, C = 10 and 527
 COUNTS = {
-    "linear": (7690, 38450, 153800, 405263), "mean": (7690, 38450, 153800, 405263),
-    "mlp": (398858, 419378, 496328, 664079), "linearc": (15370, 76850, 307400, 809999),
-    "linpre": (61450, 307250, 1229000, 3238415), "abmilp": (599051, 629811, 745161, 996624),
-    "simpool": (9226, 39986, 155336, 406799), "ep": (622090, 652850, 768200, 1019663),
-    "mhca": (1188106, 1218866, 1334216, 1585679), "conv": (1772298, 1782578, 1821128, 1905167),
-    "proto": (153810, 769050, 3076200, 8105787), "protofloat": (155610, 818050, 3872200, 13649827)}
-COUNTS["protobin"] = *COUNTS["protofloat"], 6825177  # the last: ten prototypes per class
+    "linear": (7690, 405263), "mean": (7690, 405263), "mlp": (398858, 664079),
+    "linearc": (15370, 809999), "linpre": (61450, 3238415), "abmilp": (599051, 996624),
+    "simpool": (9226, 406799), "ep": (622090, 1019663), "mhca": (1188106, 1585679),
+    "conv": (1772298, 1905167), "proto": (153810, 8105787), "protofloat": (155610, 13649827),
+    "protobin": (155610, 13649827, 6825177)}  # the last: ten prototypes per class
 
 
 @pytest.mark.parametrize("name", probe.HEADS)
 def test_parameter_counts(name):
-    sizes = (10, 20), (50, 20), (200, 20), (527, 20), (527, 10)
-    for (C, M), count in zip(sizes, COUNTS[name]):
+    for (C, M), count in zip(((10, 20), (527, 20), (527, 10)), COUNTS[name]):
         assert sum(p.numel() for p in probe.HEADS[name](768, C, (64, 8), M).parameters()) == count
 
 
@@ -229,12 +204,11 @@ def test_asymmetric_loss_equals_two_terms_in_value_and_gradient():
     loss = probe.asymmetric_loss(logits, y)
     torch.testing.assert_close(*((value, torch.autograd.grad(value, logits)[0])
                                  for value in (loss, plain)), rtol=1e-9, atol=1e-12)
-    by_hand = probe.asymmetric_loss(torch.tensor([[2.0, 2.0]]), torch.tensor([[1.0, 0.0]]))
-    assert abs(by_hand.item() - (0.0151302 + 0.8464150) / 2) < 1e-6
 
 
 def test_default_rates_lie_in_the_papers_ranges():
     for pool, K in itertools.product(probe.HEADS, (200, 1000, 4000, 5270, 10540)):
         low, high = (2e-3, 8e-2) if "proto" in pool else (1e-4, 7e-3)
         assert low <= probe.default_lr(pool, K) <= high
+        assert K > 1000 or probe.default_lr(pool, K) == probe.LR[pool]
     assert 1e-5 <= probe.DECAY <= 5e-4
