@@ -785,11 +785,11 @@ def open_dump(folder, meta, clips, classes, events):
     if os.path.exists(folder):
         try:
             old = dict(json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8")))
-        except (OSError, ValueError) as e:
+            was, now = ((m.get("checkpoint") or {}).get("sha256") for m in (old, meta))
+        except (OSError, ValueError, TypeError, AttributeError) as e:
             raise Stop(f"{folder}/meta.json cannot be read ({e}); use --overwrite to start over")
         differ = [f"{key}: {old.get(key)}, now {meta[key]}" for key in meta
                   if key not in ("versions", "checkpoint") and old.get(key) != meta[key]]
-        was, now = ((m.get("checkpoint") or {}).get("sha256") for m in (old, meta))
         if differ or was != now:
             differ += [f"checkpoint: sha256 {was}, now {now}"] * (was != now)
             raise Stop(f"{folder} was extracted with other settings ({'; '.join(differ)}); "
