@@ -53,7 +53,8 @@ AHEAD = 3           # batches read ahead from the file for a GPU, in as many thr
 
 # Peak learning rate of the cosine schedule. The paper searches one per head, encoder and dataset
 # (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These are fixed [ours]: inside
-# those ranges, the highest mean of valid macro mAP over three sets; tests/BENCH.md has the tables.
+# those ranges, the highest mean of valid macro mAP over three sets (conv two, proto one, the demo);
+# tests/BENCH.md has the tables.
 LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 3e-3, "conv": 1e-3, "linpre": 1e-3,
       "abmilp": 7e-3, "simpool": 7e-3, "ep": 3e-3, "mhca": 3e-3, "proto": 8e-2,
       "protofloat": 5e-3, "protobin": 5e-3}
