@@ -4,11 +4,10 @@ Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3: every
 the frozen encoder once, without augmentation, and its last-layer token map is kept.
 
 Reads    datasets.txt and data/<data>/ (audio and tables as unpacked, or your manifest.csv)
-Writes   tokens/<data>/<model>/
+Writes   tokens/<data>/<model>/: clips.csv, classes.txt, meta.json, checks.npy, events.csv if known,
          tokens.npy  float16 (clips, N, D), N = T*F patch tokens, time-major: n = t*F + f
          cls.npy     float16 (clips, D), [cls], or the mean token where the encoder has none
          labels.npy  uint8 (clips, C) multi-hot;  state.npy  uint8: 0 to do, 1 done, 2 unreadable
-         clips.csv, classes.txt, meta.json, and events.csv where onsets are known
 
     python tests/demo.py && python extract.py     # log-mel patches of the demo, no download
     python extract.py --model eat --data esc50    # any encoder, any line of datasets.txt
@@ -39,9 +38,8 @@ import time
 import urllib.parse
 import urllib.request
 
-# By default idle OpenMP threads spin, and on a busy machine every parallel region waits for the one
-# that lost its core: extraction takes 3 times as long. Must be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle OpenMP threads would spin: on a busy machine, extraction takes 3 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import numpy as np
 import safetensors.torch
@@ -57,9 +55,10 @@ RATE = 16000                         # Hz, mono [official code]; [?] ASiT's own 
 FRAME, HOP, FFT = 400, 160, 512      # samples: 25 ms, 10 ms, next power of two [official code]
 LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the log [official code]
 CHUNK = 1008                         # frames Dasheng encodes at once, 252 tokens [official code]
-STEP = 32                            # EAT, ASiT: frames are rounded up to a multiple of it, which
-                                     # gives the official 1024 (10 s), 512, 128 (1 s) [ours]
+STEP = 32                            # EAT, ASiT: frames are rounded up to a multiple of it [ours]
 BLOCK = {"cpu": 8, "cuda": 64}       # 10 s clips in a batch, also the unit of resuming [ours]
+RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(name, alone)) for name, alone in (
+    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # torchrun [ours]
 WRITERS = 3                          # threads that share the writing of a block [ours]
 MAX_BAD = 0.01                       # accepted share of missing or unreadable clips [ours]
 UNEVEN = 2000                        # rate / gcd above this needs a huge resampling kernel [ours]
@@ -69,31 +68,27 @@ SPLITS = {"training": "train", "dev": "train", "val": "valid", "validate": "vali
           "train": "train", "valid": "valid", "test": "test"}  # one spelling per split [ours]
 HUB = "https://huggingface.co"       # HF_ENDPOINT overrides it, as in Hugging Face's own tools
 AMAE = "gaunernst/vit_base_patch16_1024_128.audiomae_as2m"
+BEATS, EAT = "lpepino/beats_ckpts/BEATs_iter3", "worstchan/EAT-base_epoch30"
 Model = collections.namedtuple("Model", "family file sha256")
 
-# file: repository and name on HUB [official code]; [?] where it is not known which one the paper
-# used. sha256: "" where none is published; meta.json records the one found. BEATs is a mirror, as
-# its official links need a browser. A new family also needs NORM, PREFIXES, IGNORED, RENAMES,
-# to_common and its switches in ViT and Encoder.
+# file: repository and name on HUB; sha256: its first 16 digits, where published [official code].
+# [?] which BEATs, A-MAE+ (AS-20k or AS-2M) and EAT (epoch 30 or 10) the paper used. beats_iter3 is
+# in a co-author's code; BEATs comes from a mirror, as its official links need a browser. A new
+# family also needs NORM, IGNORED, RENAMES, to_common and its switches in ViT and Encoder.
 MODELS = {
     "logmel": Model("logmel", "", ""),  # 16 x 16 patches of the log-mel, no network [ours]
     "random": Model("eat", "", ""),     # EAT without pretraining [ours]
     "amae": Model("amae", AMAE + "/pytorch_model.bin", ""),
-    "amae+": Model("amae", AMAE + "_ft_as20k/pytorch_model.bin", ""),  # [?] AS-20k or AS-2M
+    "amae+": Model("amae", AMAE + "_ft_as20k/pytorch_model.bin", ""),
     "asit": Model("asit", "", ""),   # [?] a cloud drive only
     "asit+": Model("asit", "", ""),  # [?] no public file found
-    "beats": Model("beats", "lpepino/beats_ckpts/BEATs_iter3_plus_AS2M.pt",  # [?] self-supervised
-                   "d43cbfad4d7b56381c061d7a24774f908d4d94c72961f6eb1d9090ff18cd8d34"),
-    "beats_iter3": Model("beats", "lpepino/beats_ckpts/BEATs_iter3.pt",  # [?] in a co-author's code
-                         "8d1b234032a9ccff353612dc6c20982346dc2968b205b79d97303eb5e77bfb34"),
-    "beats+": Model("beats", "lpepino/beats_ckpts/BEATs_iter3_finetuned_on_AS2M_cpt1.pt",  # [?]
-                    "379369a41d0b3749f746cdcea8036de506cb3aedecce84de7db0a75fda2a4fe7"),
+    "beats": Model("beats", BEATS + "_plus_AS2M.pt", "d43cbfad4d7b5638"),
+    "beats_iter3": Model("beats", BEATS + ".pt", "8d1b234032a9ccff"),
+    "beats+": Model("beats", BEATS + "_finetuned_on_AS2M_cpt1.pt", "379369a41d0b3749"),
     "dasheng": Model("dasheng", "mispeech/dasheng-base/model.safetensors", ""),
-    "eat": Model("eat", "worstchan/EAT-base_epoch30_pretrain/model.safetensors",  # [?] or epoch 10
-                 "8623072d09aac4f3ad1168b4fed3a24e4f68fe1da25b9fe733375efb237e5f48"),
-    "eat+": Model("eat", "worstchan/EAT-base_epoch30_finetune_AS2M/model.safetensors", ""),
-    "sslam": Model("eat", "ta012/SSLAM_pretrain/model.safetensors",
-                   "8ec670adb241c710422ddd894ff1bade142ef0b25cf1ee68577aa45f89432298"),
+    "eat": Model("eat", EAT + "_pretrain/model.safetensors", "8623072d09aac4f3"),
+    "eat+": Model("eat", EAT + "_finetune_AS2M/model.safetensors", ""),
+    "sslam": Model("eat", "ta012/SSLAM_pretrain/model.safetensors", "8ec670adb241c710"),
     "sslam+": Model("eat", "ta012/SSLAM_AS2M_Finetuned/model.safetensors", "")}
 # (mean, std) of the normalization (x - mean) / (2 std); Dasheng has a batch norm [official code]
 NORM = {"beats": (15.41663, 6.55582), "eat": (-4.268, 4.569),
@@ -107,17 +102,12 @@ class Stop(Exception):
 # ---- waveform -> spectrogram (time-major), batched, on any device
 
 def mel_filters(kind):
-    """torchaudio's filters (257, mels): "kaldi", 128 mels from 20 Hz, or "htk", 64 mels from 0 Hz.
-    Computed in float64: torchaudio's default float32 is off by 1e-5."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        if kind == "htk":
-            return torchaudio.functional.melscale_fbanks(257, 0.0, 8000.0, 64, RATE).float()
-        bins, _ = torchaudio.compliance.kaldi.get_mel_banks(128, FFT, RATE, 20.0, 0.0, 100.0,
-                                                            -500.0, 1.0)     # (128, 256)
-        return F.pad(bins, (0, 1)).T.float()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    """torchaudio's filters (257, mels): "kaldi", 128 mels above 20 Hz, or "htk", 64 above 0 Hz."""
+    torch.set_default_dtype(torch.float64)  # float32 would be off by 1e-5
+    bins, _ = torchaudio.compliance.kaldi.get_mel_banks(128, FFT, RATE, 20, 0, 100, -500, 1)
+    htk = torchaudio.functional.melscale_fbanks(257, 0.0, 8000.0, 64, RATE)
+    torch.set_default_dtype(torch.float32)
+    return (htk if kind == "htk" else F.pad(bins, (0, 1)).T).float()         # bins (128, 256)
 
 def kaldi_fbank(waves, filters, povey=False):
     """Log-mel as torchaudio.compliance.kaldi.fbank with 128 bins: (B, samples) -> (B, T, 128),
@@ -134,8 +124,7 @@ def decibel_mel(waves, filters):
     """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The 120 dB floor is
     per clip: torchaudio's AmplitudeToDB takes it over a batch, so clips depend on neighbors."""
     window = torch.hann_window(FFT, device=waves.device)
-    spec = torch.stft(waves, FFT, HOP, window=window, center=True, pad_mode="reflect",
-                      return_complex=True)
+    spec = torch.stft(waves, FFT, HOP, window=window, pad_mode="reflect", return_complex=True)
     power = torch.view_as_real(spec).square().sum(-1).transpose(1, 2)        # (B, T, 257)
     mel = 10 * (power @ filters).clamp(1e-10).log10()
     return torch.maximum(mel, mel.amax((1, 2), keepdim=True) - 120)
@@ -152,14 +141,14 @@ class Attention(torch.nn.Module):
         self.qkv, self.proj = torch.nn.Linear(D, 3 * D), torch.nn.Linear(D, D)
         if relative:
             self.grep = torch.nn.Linear(D // heads, 8)
-            self.grep_a = torch.nn.Parameter(torch.ones(heads))
+            self.grep_a = torch.nn.Parameter(torch.ones(1, heads, 1, 1))
 
     def forward(self, x, bias):                                              # bias (H, L, L)
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d)
         if bias is not None:
             a, b = self.grep(q).view(B, self.heads, L, 2, 4).sum(-1).sigmoid().unbind(-1)
-            gate = a * (b * self.grep_a[:, None] - 1) + 2                    # (B, H, L)
+            gate = a * (b * self.grep_a[..., 0] - 1) + 2                     # (B, H, L)
             bias = gate.to(q.dtype)[..., None] * bias.to(q.dtype)            # (B, H, L, L)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
@@ -175,66 +164,53 @@ class Block(torch.nn.Module):
         self.mlp = torch.nn.Sequential(collections.OrderedDict(  # GELU: the exact one (erf)
             fc1=torch.nn.Linear(D, hidden), gelu=torch.nn.GELU(), fc2=torch.nn.Linear(hidden, D)))
 
-    def residual(self, x):
-        return x if self.alpha == 1 else self.alpha * x                      # x * 1 would copy x
-
     def forward(self, x, bias):
-        if self.post:
-            x = self.norm1(self.residual(x) + self.attn(x, bias))
-            return self.norm2(self.residual(x) + self.mlp(x))
+        if self.post:  # 1 * x would copy x
+            x = self.norm1((x if self.alpha == 1 else self.alpha * x) + self.attn(x, bias))
+            return self.norm2((x if self.alpha == 1 else self.alpha * x) + self.mlp(x))
         x = x + self.attn(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
 
 class ViT(torch.nn.Module):
-    """All the encoders as one network: (B, T, mels) -> tokens (B, N, D), cls (B, D) or None. Sizes
-    come from the shapes of a `to_common` checkpoint, the rest from the family. norm=False omits the
-    final norm. Raises KeyError if a shape is missing."""
+    """All encoders as one network: (B, T, mels) -> tokens (B, N, D), cls (B, D) or None. Sizes come
+    from a `to_common` state (KeyError if it lacks one), the rest from the family. norm=False: no
+    final norm."""
 
-    def __init__(self, shapes, family, norm=True):
+    def __init__(self, state, family, norm=True):
         super().__init__()
-        width, _, *patch = shapes["patch.weight"]
-        D, hidden = shapes["blocks.0.norm1.weight"][0], shapes["blocks.0.mlp.fc1.weight"][0]
-        depth = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
+        width, _, *patch = state["patch.weight"].shape
+        hidden, D = state["blocks.0.mlp.fc1.weight"].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
         heads = D // (80 if D == 1280 else 64)  # 1280: Dasheng 0.6B [official code]
-        beats, self.post = family == "beats", family in ("beats", "eat")
-        eps, alpha = (1e-5, (2 * depth) ** 0.25) if beats else (1e-6, 1)     # alpha: DeepNorm
-        self.patch = torch.nn.Conv2d(1, width, patch, patch, bias=not beats)
-        self.stem = self.conv_pos = self.rel_bias = self.pos = self.cls = self.norm = None
-        if beats:
-            self.stem = torch.nn.Sequential(torch.nn.LayerNorm(width, eps),
-                                            torch.nn.Linear(width, D))
-            _, group, taps = shapes["conv_pos.weight"]
+        self.beats, self.post = family == "beats", family in ("beats", "eat")
+        eps, alpha = (1e-5, (2 * depth) ** 0.25) if self.beats else (1e-6, 1)  # alpha: DeepNorm
+        self.patch = torch.nn.Conv2d(1, width, patch, patch, bias=not self.beats)
+        if self.beats:
+            self.stem = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, D))
+            _, group, taps = state["conv_pos.weight"].shape
             self.conv_pos = torch.nn.Conv1d(D, D, taps, padding=taps // 2, groups=D // group)
-            self.rel_bias = torch.nn.Parameter(torch.empty(shapes["rel_bias"]))
+            self.rel_bias = torch.nn.Parameter(torch.empty(320, heads))
         else:
-            self.pos = torch.nn.Parameter(torch.empty(shapes["pos"]))
-        if family in ("amae", "asit", "eat"):
-            self.cls = torch.nn.Parameter(torch.empty(D))
-        if norm:  # before block 0 (post) or after the last one (pre)
-            self.norm = torch.nn.LayerNorm(D, eps)
-        self.blocks = torch.nn.ModuleList(Block(D, heads, hidden, self.post, alpha, eps, beats)
-                                          for _ in range(depth))
-
-    def embed(self, spec):
-        """What enters block 0: (B, L, D)."""
-        x = self.patch(spec[:, None]).flatten(2).transpose(1, 2)       # (B, N, D), n = t*F + f
-        if self.stem is not None:
-            x = self.stem(x)
-            x = x + F.gelu(self.conv_pos(x.transpose(1, 2))[..., :-1]).transpose(1, 2)
-        if self.cls is not None:
-            x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)            # (B, 1+N, D)
-        if self.pos is not None:
-            x = x + self.pos[:x.shape[1]]
-        return self.norm(x) if self.post else x
+            self.pos = torch.nn.Parameter(torch.empty(len(state["pos"]), D))
+        self.cls = torch.nn.Parameter(torch.empty(D)) if "cls" in state else None
+        self.norm = torch.nn.LayerNorm(D, eps) if norm else torch.nn.Identity()
+        self.blocks = torch.nn.ModuleList(
+            Block(D, heads, hidden, self.post, alpha, eps, self.beats) for _ in range(depth))
 
     def forward(self, spec):
-        x, bias = self.embed(spec), None
-        if self.rel_bias is not None:  # one relative position bias for all blocks
+        x, bias = self.patch(spec[:, None]).flatten(2).transpose(1, 2), None  # (B, N, D), n = t*F+f
+        if self.beats:  # one relative position bias for all blocks
+            x = self.stem(x)
+            x = x + F.gelu(self.conv_pos(x.transpose(1, 2))[..., :-1]).transpose(1, 2)
             bias = self.rel_bias[rel_bucket(x.shape[1], x.device)].permute(2, 0, 1).contiguous()
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)            # (B, 1+N, D)
+        if not self.beats:
+            x = x + self.pos[:x.shape[1]]
+        x = self.norm(x) if self.post else x  # before block 0 (post) or after the last one (pre)
         for block in self.blocks:
             x = block(x, bias)
-        if self.norm is not None and not self.post:
-            x = self.norm(x)
+        x = x if self.post else self.norm(x)
         return (x, None) if self.cls is None else (x[:, 1:], x[:, 0])
 
 @functools.lru_cache(maxsize=2)
@@ -248,55 +224,47 @@ def rel_bucket(L, device):
 
 # ---- checkpoint -> ViT
 
-PREFIXES = {"amae": ("encoder.",), "asit": ("module.", "backbone.", "v."), "beats": (),
-            "dasheng": ("encoder.",), "eat": ("model.", "modality_encoders.IMAGE.")}
 IGNORED = {  # heads, decoders and buffers that the tokens do not need
     "amae": r"mask_token|decoder_|fc_norm\.|head\.", "asit": r"head_cls\.|head_recons\.|mlp_head\.",
     "beats": r"predictor\.", "dasheng": r"front_end\.|outputlayer\.|.*num_batches_tracked",
     "eat": r"decoder\.|recon_proj\.|shared_decoder\.|_ema|fc_norm\.|head\."}
-RENAMES = [  # official key -> ours
-    (r"(patch_embed\.proj|local_encoder\.proj|patch_embedding)\.", "patch."),
-    (r"(cls_token|extra_tokens)$", "cls"),
-    (r"(pos_embed|fixed_positional_encoder\.positions)$", "pos"),
-    (r"(pre_norm|context_encoder\.norm|encoder\.layer_norm)\.", "norm."),
-    (r"layer_norm\.", "stem.0."), (r"post_extract_proj\.", "stem.1."),
-    (r"encoder\.pos_conv\.0\.", "conv_pos."), (r"init_bn\.(1\.)?", "bn."),
-    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.", r"blocks.\1.norm1."),
-    (r"encoder\.layers\.(\d+)\.final_layer_norm\.", r"blocks.\1.norm2."),
-    (r"encoder\.layers\.(\d+)\.fc", r"blocks.\1.mlp.fc"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj", r"blocks.\1.attn.proj"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.grep_linear", r"blocks.\1.attn.grep"),
-    (r"encoder\.layers\.\d+\.self_attn\.relative_attention_bias\.weight", "rel_bias"),  # all equal
-    (r"encoder\.layers\.(\d+)\.self_attn\.", r"blocks.\1.attn.")]
+RENAMES = [  # official key -> ours, one after the other: first wrappers, which may nest, are
+    # removed; BEATs' own encoder. stays. rel_bias is the same in all blocks
+    (r"^((module|backbone|v|model|modality_encoders\.IMAGE|encoder(?!\.layer|\.pos_conv))\.)*", ""),
+    (r"^(patch_embed\.proj|local_encoder\.proj|patch_embedding)\.", "patch."),
+    (r"^(cls_token|extra_tokens)$", "cls"),
+    (r"^(pos_embed|fixed_positional_encoder\.positions)$", "pos"),
+    (r"^(pre_norm|context_encoder\.norm|encoder\.layer_norm)\.", "norm."),
+    (r"^layer_norm\.", "stem.0."), (r"^post_extract_proj\.", "stem.1."),
+    (r"^encoder\.pos_conv\.0\.", "conv_pos."), (r"^init_bn\.(1\.)?", "bn."),
+    (r"^encoder\.layers\.", "blocks."), (r"^(blocks\.\d+)\.fc", r"\1.mlp.fc"),
+    ("self_attn_layer_norm", "norm1"), ("final_layer_norm", "norm2"), ("self_attn", "attn"),
+    ("out_proj", "proj"), ("grep_linear", "grep"), (r".*\.relative_attention_bias\..*", "rel_bias")]
 
 def read_checkpoint(file):
     """{key: tensor} of a .safetensors file or a torch pickle (weights only: tensors, plain
-    containers, argparse.Namespace and paths; nothing that runs code). Raises Stop."""
+    containers, argparse.Namespace and PosixPath; nothing that runs code). Raises Stop."""
+    kinds = [argparse.Namespace, (pathlib.PosixPath, "pathlib.PosixPath")]
     try:
         if file.endswith(".safetensors"):
             return safetensors.torch.load_file(file)
-        paths = [(kind, f"pathlib.{kind.__name__}") for kind in
-                 (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.Path)]
-        with torch.serialization.safe_globals([argparse.Namespace, *paths]):
+        with torch.serialization.safe_globals(kinds):
             state = torch.load(file, map_location="cpu", weights_only=True)
         state = next((state[key] for key in ("model", "teacher", "state_dict")
                       if isinstance(state.get(key), dict)), state)
         return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # drops e.g. _ema
     except Exception as e:  # the readers raise different errors for a damaged file
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())}".split(". ")[0][:160]
-        raise Stop(f"{file} cannot be read as a checkpoint ({reason}); delete it and download it "
-                   f"again")
+        raise Stop(f"{file} cannot be read as a checkpoint ({type(e).__name__}: "
+                   f"{str(e).split('. ')[0][:160]}); delete it and download it again")
 
 def to_common(state, family):
     """Official keys and layouts -> the ViT's: one fused qkv, cls as (D,), positions as rows whose
     first is [cls]'s, time-major patch kernels, weight norm folded in."""
     out = {}
     for key, value in state.items():
-        while prefix := next((p for p in PREFIXES[family] if key.startswith(p)), ""):  # may nest
-            key = key[len(prefix):]
+        for old, new in RENAMES:
+            key = re.sub(old, new, key)
         if not re.match(IGNORED[family], key):
-            for old, new in RENAMES:
-                key = re.sub("^" + old, new, key)
             out[key] = value.float()
     if family in ("amae", "asit", "eat"):
         out["cls"], out["pos"] = out["cls"].flatten(), out["pos"][0]         # (D,), (rows, D)
@@ -311,7 +279,6 @@ def to_common(state, family):
         for key in [k for k in out if ".attn.q_proj." in k]:
             qkv = [out.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
             out[key.replace("q_proj", "qkv")] = torch.cat(qkv)
-        out |= {k: v.flatten() for k, v in out.items() if k.endswith("grep_a")}
     return out
 
 def random_state():
@@ -321,26 +288,23 @@ def random_state():
     n = torch.arange(6144)
     angle = torch.stack([n % 8, n // 8], 1)[..., None] * 10000 ** -(torch.arange(D // 4) / (D // 4))
     rows = torch.cat([angle.sin(), angle.cos()], 2).flatten(1)               # (6144, D)
-    shapes = {"patch": (D, 1, 16, 16), "cls": (D,)}
-    for i in range(12):
-        for name, shape in {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D),
-                            "mlp.fc2": (D, 4 * D), "norm1": (D,), "norm2": (D,)}.items():
-            shapes[f"blocks.{i}.{name}"] = shape
-    for name, shape in (shapes | {"norm": (D,)}).items():
-        out[f"{name}.weight"] = (torch.ones(D) if "norm" in name
-                                 else 0.02 * torch.randn(shape, generator=g))
-        out[f"{name}.bias"] = torch.zeros(shape[0])
-    del out["cls.bias"]
-    return out | {"cls": out.pop("cls.weight"), "pos": F.pad(rows, (0, 0, 1, 0))}
+    block = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D),
+             "mlp.fc2": (D, 4 * D), "norm1": (D,), "norm2": (D,)}
+    blocks = {f"blocks.{i}.{k}.weight": shape for i in range(12) for k, shape in block.items()}
+    shapes = {"patch.weight": (D, 1, 16, 16), "cls": (D,), **blocks, "norm.weight": (D,)}
+    for key, shape in shapes.items():
+        out[key.replace("weight", "bias")] = torch.zeros(shape[0])           # [cls] has none
+        out[key] = torch.ones(D) if "norm" in key else 0.02 * torch.randn(shape, generator=g)
+    return out | {"pos": F.pad(rows, (0, 0, 1, 0))}
 
 def resize_rows(pos, T):
     """ASiT's learned positions for T time steps: the middle of the table, or bilinear between
     its rows where the clip is longer [AST's recipe, second-hand]; row 0 is [cls]'s."""
-    table = pos[1:].T.reshape(1, pos.shape[1], -1, 8)                        # (1, D, T0, 8)
-    if T > table.shape[2]:
-        table = F.interpolate(table, (T, 8), mode="bilinear")
-    first = table.shape[2] // 2 - T // 2
-    return torch.cat([pos[:1], table[0, :, first:first + T].flatten(1).T])
+    rows = pos[1:].T.reshape(1, pos.shape[1], -1, 8)                         # (1, D, T0, 8)
+    if T > rows.shape[2]:
+        rows = F.interpolate(rows, (T, 8), mode="bilinear")
+    first = rows.shape[2] // 2 - T // 2
+    return torch.cat([pos[:1], rows[0, :, first:first + T].flatten(1).T])
 
 
 # ---- the encoder
@@ -351,9 +315,9 @@ class Encoder:
     token_seconds, device. Raises Stop for a wrong checkpoint and for clips too short or too long.
 
     Input length [official code]: A-MAE always 1024 frames; EAT, SSLAM and ASiT the clip's frames
-    rounded up to STEP; BEATs and logmel as they are; Dasheng in chunks of 1008. Padding is 0 in
-    log-mel before normalizing, as upstream. Time steps that cover only padding are dropped, except
-    the 64th of a 10 s clip, which belongs to the paper's 64 x 8 map."""
+    rounded up to STEP (1024 for 10 s, 512, 128 for 1 s); BEATs and logmel as they are; Dasheng in
+    CHUNKs. Padding is 0 in log-mel before normalizing, as upstream. Time steps that cover only
+    padding are dropped, except the 64th of a 10 s clip, part of the paper's 64 x 8 map."""
 
     def __init__(self, model, file=None, seconds=10.0, device="cpu", precision="fp32"):
         self.family, self.device, self.half = MODELS[model].family, device, precision == "fp16"
@@ -386,9 +350,8 @@ class Encoder:
                 scale = state.pop("bn.weight") / (state.pop("bn.running_var") + 1e-5).sqrt()
                 shift = state.pop("bn.bias") - state.pop("bn.running_mean") * scale
                 self.scale, self.shift = scale.to(self.device), shift.to(self.device)
-            shapes = {key: tuple(value.shape) for key, value in state.items()}
             with torch.device("meta"):  # A-MAE+ was fine-tuned without the last norm
-                self.vit = ViT(shapes, self.family, norm=model != "amae+")
+                self.vit = ViT(state, self.family, norm=model != "amae+")
             self.vit.load_state_dict(state, assign=True)
         except (KeyError, IndexError, ValueError, RuntimeError) as e:
             raise Stop(f"{file}: not a checkpoint of {model} ({' '.join(str(e).split())[:200]}); "
@@ -411,9 +374,12 @@ class Encoder:
         mean, std = NORM[self.family]
         return (spec - mean) / (2 * std)
 
-    @torch.inference_mode()
     def __call__(self, waves):
-        spec = self.spectrogram(waves.to(self.device, non_blocking=True))
+        return self.encode(self.spectrogram(waves.to(self.device)))
+
+    @torch.inference_mode()
+    def encode(self, spec):
+        """What spectrogram returns -> tokens, cls."""
         if self.vit is None:  # logmel: a token is a 16 x 16 patch, flattened
             patches = F.unfold(spec[:, None], 16, stride=16).transpose(1, 2)
             return patches[:, :math.prod(self.grid)].contiguous(), None      # (B, T*8, 256)
@@ -426,34 +392,31 @@ class Encoder:
         return tokens[:, :self.grid[0] * self.grid[1]], cls
 
 def find_checkpoint(model, file):
-    """(path or None, {source, sha256} or None): the given file, or the official one, downloaded
-    once into torch.hub's folder. Raises Stop."""
-    source, name, known = file, MODELS[model].file, MODELS[model].sha256
-    if model in ("logmel", "random") and not file:
-        return None, None
+    """(file, or the official one in torch.hub's folder, {source, sha256}) or Nones. Raises Stop."""
+    source, official = file, MODELS[model]
     if model in ("logmel", "random"):
-        raise Stop(f"{model} has no weights; leave --checkpoint out")
-    if not file and not name:
-        raise Stop(f"a script cannot download the weights of {model} (the official repository "
-                   f"links to a cloud drive); give the file you have with --checkpoint")
+        if file:
+            raise Stop(f"{model} has no weights; leave --checkpoint out")
+        return None, None
+    if not file and not official.file:
+        raise Stop(f"the weights of {model} are on a cloud drive that no script can reach (see the "
+                   f"official repository); give the file you have with --checkpoint")
     if not file:
-        source = f"{HUB}/" + "/resolve/main/".join(name.rsplit("/", 1))
-        file = os.path.join(torch.hub.get_dir(), "checkpoints", f"{model}-{name.split('/')[-1]}")
+        repository, name = official.file.rsplit("/", 1)
+        source = f"{HUB}/{repository}/resolve/main/{name}"
+        file = os.path.join(torch.hub.get_dir(), "checkpoints", f"{model}-{name}")
         if not os.path.exists(file):
-            download(f"{source}#{known}", file)
+            download(f"{source}#{official.sha256}", file)
     sha256 = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
-    for other in MODELS:  # EAT's and SSLAM's files have the same keys and shapes
-        if MODELS[other].sha256 == sha256 and other != model:
+    for other, (_, _, known) in MODELS.items():  # EAT's and SSLAM's have the same keys and shapes
+        if known and sha256.startswith(known) and other != model:
             raise Stop(f"{file}: this is the official checkpoint of {other}; use --model {other}")
     return file, {"source": source, "sha256": sha256}
 
 
 # ---- audio -> waveform
 
-@functools.lru_cache(maxsize=16)
-def resampler(rate):
-    """torchaudio's windowed-sinc resampler to RATE; its kernel is made once per source rate."""
-    return torchaudio.transforms.Resample(rate, RATE)
+resampler = functools.lru_cache(16)(torchaudio.transforms.Resample)  # makes its kernel only once
 
 def read_wave(file, start, seconds):
     """float32 (seconds * RATE,) at most: mean of channels, resampled, cropped at the end. Raises
@@ -472,7 +435,7 @@ def read_wave(file, start, seconds):
     wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # mean(1) takes 7 times as long
     if not wave.sum().isfinite():
         raise ValueError("it contains NaN or infinite samples")
-    return (wave if rate == RATE else resampler(rate)(wave))[:round(seconds * RATE)]
+    return (wave if rate == RATE else resampler(rate, RATE)(wave))[:round(seconds * RATE)]
 
 def read_block(root, clips, seconds, pin, rows):
     """waves (B, samples), failed {row: reason}. Shorter clips are zero-padded [ours; most official
@@ -500,7 +463,7 @@ def one_core(device):
     """Thread initializer: one torch thread, and this rank's GPU."""
     torch.set_num_threads(1)
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(LOCAL_RANK)
 
 
 # ---- datasets
@@ -509,70 +472,71 @@ def one_core(device):
 # unpacked. "**/name" is a file anywhere below root. A repeated clip keeps its first split and gains
 # labels. A path of None only declares classes.
 
-def table(file, columns=(), optional=()):
-    """Rows of a .csv (commas) or any other file (tabs), without # comment lines: the named columns
-    ("" for a missing optional one), or every cell of a file without header. Raises Stop."""
+def table(file, columns="", *optional):
+    """Rows of a .csv (commas) or any other file (tabs), without # comment lines: the columns "a,b"
+    and optional ones ("" if missing), or every cell of a file without header. Raises Stop."""
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(("\n" if line.startswith("#") else line for line in lines),
                           delimiter="," if file.endswith(".csv") else "\t", skipinitialspace=True)
+        wanted = columns.split(",")
         try:
             header = [name.strip() for name in next(rows, [])] if columns else []
             for row in filter(None, rows):
-                if columns and (len(row) != len(header) or not set(columns) <= set(header)):
-                    raise ValueError(f"row {','.join(row)[:80]} does not match the header "
-                                     f"{','.join(header)}; it needs {','.join(columns)}, and "
-                                     f"cells with commas need quotes")
+                if columns and (len(row) != len(header) or not set(wanted) <= set(header)):
+                    raise ValueError(f"row {str(row)[:80]} does not match the header {header}; it "
+                                     f"needs {columns}, and cells with commas need quotes")
                 cells = dict(zip(header, row))
-                yield [cells.get(name, "") for name in (*columns, *optional)] if columns else row
+                yield [cells.get(name, "") for name in (*wanted, *optional)] if columns else row
         except (ValueError, csv.Error) as e:
             raise Stop(f"{file}:{rows.line_num}: {e}; fix the line, and save the file as UTF-8")
 
-def drawn(name, train):
-    """A split by hash of the name, the same on every machine: `train` percent are train [ours]."""
-    point = int(hashlib.md5(name.encode()).hexdigest()[:8], 16) / 2**32
-    return "train" if 100 * point < train else "test"
+def drawn(name):
+    """A split by hash of the name, the same on every machine: 70 % train, 30 % test [ours]."""
+    return "train" if int(hashlib.md5(name.encode()).hexdigest()[:8], 16) < 0.7 * 2**32 else "test"
 
 def manifest(root):
     """The default: your own data/<name>/manifest.csv, labels joined with ;"""
-    columns = ("path", "split", "labels")
-    for path, split, labels, start in table(f"{root}/manifest.csv", columns, ["start"]):
+    for path, split, labels, start in table(f"{root}/manifest.csv", "path,split,labels", "start"):
         yield path, split, labels.split(";"), start
 
+def recordings(root, seconds):
+    """Without manifest.csv: all audio in windows, the last zero-padded, split test, no labels."""
+    for path in sorted(glob.glob("**", root_dir=root, recursive=True)):  # not .hidden files
+        if path.lower().endswith(AUDIO):
+            try:
+                length = soundfile.info(os.path.join(root, path)).duration
+            except RuntimeError:  # read_wave will say why
+                length = 0
+            for i in range(max(1, math.ceil(length / seconds - 1e-3))):  # no window for less
+                yield path, "test", [], i * seconds
+
 def as20k(root):
-    names = dict(table(f"{root}/class_labels_indices.csv", ("mid", "display_name")))
-    for file, folder, split in (("balanced_train_segments.csv", "bal_train", "train"),
-                                ("eval_segments.csv", "eval", "test")):
-        for ytid, _, _, mids in table(f"{root}/{file}"):
+    names = dict(table(f"{root}/class_labels_indices.csv", "mid,display_name"))
+    for part, folder, split in ("balanced_train", "bal_train", "train"), ("eval", "eval", "test"):
+        for ytid, _, _, mids in table(f"{root}/{part}_segments.csv"):
             yield f"audio/{folder}/{ytid}.flac", split, [names.get(m, m) for m in mids.split(",")]
 
 def fsd50k(root):
-    for name, labels, split in table(f"{root}/FSD50K.ground_truth/dev.csv",
-                                     ("fname", "labels", "split")):
+    for name, labels, split in table(f"{root}/FSD50K.ground_truth/dev.csv", "fname,labels,split"):
         yield f"FSD50K.dev_audio/{name}.wav", split, labels.split(",")
-    for name, labels in table(f"{root}/FSD50K.ground_truth/eval.csv", ("fname", "labels")):
+    for name, labels in table(f"{root}/FSD50K.ground_truth/eval.csv", "fname,labels"):
         yield f"FSD50K.eval_audio/{name}.wav", "test", labels.split(",")
 
 def desed(root):
-    for name, labels in table(f"{root}/metadata/train/weak.tsv", ("filename", "event_labels")):
+    for name, labels in table(f"{root}/metadata/train/weak.tsv", "filename,event_labels"):
         yield f"audio/train/weak/{name}", "train", labels.split(",")
-    yield from desed_events(root, "validation/validation", "audio/validation", "valid")
-    yield from desed_public(root, "test")
+    yield from desed_public(root, "validation/validation.tsv", "audio/validation", "valid")
+    yield from desed_public(root, split="test")
 
-def desed_public(root, split=None):
-    yield from desed_events(root, "eval/public", "audio/eval/public", split)
+def desed_public(root, tsv="eval/public.tsv", folder="audio/eval/public", split=None):
+    for name, *times, label in table(f"{root}/metadata/{tsv}", "filename,onset,offset,event_label"):
+        path = f"{folder}/{name}"
+        yield path, split or drawn(path), [label], 0, times[0] and times
 
-def desed_events(root, name, folder, split):
-    columns = "filename", "onset", "offset", "event_label"
-    for file, onset, offset, label in table(f"{root}/metadata/{name}.tsv", columns):
-        path = f"{folder}/{file}"
-        yield path, split or drawn(path, 70), [label], 0, onset and (onset, offset)
-
-def spass(root, merged={}):
+def spass(root, merged={}):  # [?] the names of the columns of times
     for file in sorted(glob.glob(f"{root}/?_MatrixLabels*.csv")):
-        for name, label, onset, offset in table(file, ("audio_filename", "class"),
-                                                ("start (s)", "end (s)")):  # [?] their names
-            times = onset and (onset, offset)
-            yield f"**/{name}", drawn(name, 70), [merged.get(label, label)], 0, times
+        for name, label, *times in table(file, "audio_filename,class", "start (s)", "end (s)"):
+            yield f"**/{name}", drawn(name), [merged.get(label, label)], 0, times[0] and times
 
 def spass28(root):
     """How 33 names become the paper's 28 is a guess [ours]: idling and moving are one, and so are
@@ -588,7 +552,7 @@ def urban(root):
             yield f"audio/{split}/{name[:-4]}.wav", split, [label], 0, (onset, offset)
 
 def esc50(root):
-    for name, fold, label in table(f"{root}/meta/esc50.csv", ("filename", "fold", "category")):
+    for name, fold, label in table(f"{root}/meta/esc50.csv", "filename,fold,category"):
         yield f"audio/{name}", fold, [label]
 
 def sc2(root):
@@ -629,16 +593,14 @@ def few_shot(rows, shots, seconds, seed):
         length = float(row["length"] or 0)
         if length > 20 or row["ebird_code_secondary"]:
             continue
-        events = [(*times, cluster) for times, cluster in
-                  zip(row["detected_events"] or [], row["event_cluster"] or [])]
-        if len(events) > 1:
-            events = [e for e in events if e[2] != -1]
-        count = collections.Counter(cluster for _, _, cluster in events)
-        first = min(count, key=lambda c: (-count[c], c), default=None)
-        events = [e for e in events if e[2] == first] or [(0, seconds, None)]
+        clusters = row["event_cluster"] or []
+        known = [cluster for cluster in clusters if cluster != -1 or len(clusters) == 1]
+        first = max(sorted(known), key=known.count, default=None)
+        events = [event for event, cluster in zip(row["detected_events"] or [], clusters)
+                  if cluster == first] or [(0, seconds)]
         last = length - seconds if length else math.inf  # a length of 0 is not known
-        starts = sorted({round(max(0, min((a + b - seconds) / 2, last)), 3) for a, b, _ in events
-                         if not any(c < a and b < d for c, d, _ in events)})
+        starts = sorted({round(max(0, min((a + b - seconds) / 2, last)), 3) for a, b in events
+                         if not any(c < a and b < d for c, d in events)})
         primary = rng.choice(starts)
         for start in starts:
             species[row["ebird_code"]][start != primary].append((row, start))
@@ -669,8 +631,7 @@ def read_clips(root, rows, task):
             if path is None:
                 missing.setdefault((wanted, start), split)
                 continue
-            clip = Clip(path, start, split, set())
-            clips.setdefault(clip[:2], clip).labels.update(labels)
+            clips.setdefault((path, start), Clip(path, start, split, set())).labels.update(labels)
             events += [(path, *map(float, times), label) for label in sorted(labels) if times]
     except (ValueError, KeyError) as e:  # KeyError: a column of a parquet file
         raise Stop(f"{root}: {str(row)[:200]} cannot be used ({e}); fix the table")
@@ -683,8 +644,7 @@ def read_clips(root, rows, task):
 def find_audio(root, wanted):
     """The path of a file below root, trying other audio endings too; None if there is none."""
     stem, ending = os.path.splitext(wanted)
-    others = AUDIO if ending in AUDIO else ()
-    for name in [wanted] + [stem + other for other in others]:
+    for name in [wanted, *(stem + other for other in AUDIO if ending in AUDIO)]:
         if name.startswith("**/"):
             name, *more = files_by_name(root).get(name[3:], [""])
             if more:
@@ -696,27 +656,26 @@ def find_audio(root, wanted):
 @functools.lru_cache(maxsize=1)
 def files_by_name(root):
     found = collections.defaultdict(list)
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            found[name].append(os.path.relpath(os.path.join(folder, name), root))
+    for path in glob.iglob("**", root_dir=root, recursive=True):  # not .hidden files
+        found[os.path.basename(path)].append(path)
     return found
 
 def read_datasets(file="datasets.txt"):
     """{name: (task, seconds, classes, urls)}. {01..03} in a URL counts; one without :// lies beside
     the one before it; indented lines continue. Raises Stop with file:line."""
     sets, urls = {}, []
-    for number, line in enumerate(pathlib.Path(file).read_text("utf-8-sig").splitlines(), 1):
+    for row, line in enumerate(pathlib.Path(file).read_text("utf-8-sig").splitlines(), 1):
         words = re.sub(r"(^|\s)#.*", "", line).split()
         if words and not line[0].isspace():
             fits = re.fullmatch(r"\S+ (single|multi) \d+(\.\d+)? \d+", " ".join(words[:4]))
             if not fits or words[0] in sets:
-                raise Stop(f"{file}:{number}: {line!r} is not 'name task seconds classes [URL]', "
-                           f"where task is single or multi, and names are unique")
+                raise Stop(f"{file}:{row}: {line!r} is not 'name single|multi seconds classes "
+                           f"[URLs]' with a new name")
             name, task, seconds, classes, *words = words
             sets[name] = task, float(seconds), int(classes), (urls := [])
         for word in words:
             if "." not in word or not (urls or sets and "://" in word):
-                raise Stop(f"{file}:{number}: {word} is not a URL (do not indent a dataset's line)")
+                raise Stop(f"{file}:{row}: {word} is not a URL (do not indent a dataset's line)")
             word = urllib.parse.urljoin(urls[-1], word) if urls else word
             first, last = re.search(r"\{(\d+)\.\.(\d+)\}|$", word).groups()
             numbers = range(int(first), int(last) + 1) if first else [0]
@@ -760,17 +719,16 @@ def fetch_dataset(root, urls):
                 subprocess.run(["zip", "-q", "-s", "0", file, "--out", whole], check=True,
                                input=b"q\n")  # quit, if it asks for a missing part
             if file.endswith(".tar.gz"):
-                with gzip.open(file) as f:  # tar stops before gzip's checksum, at the very end
-                    while f.read(1 << 24):
-                        pass
+                with gzip.open(file) as f, open(os.devnull, "wb") as nowhere:
+                    shutil.copyfileobj(f, nowhere)  # tar stops before gzip's checksum, at the end
             if whole.endswith((".zip", ".tar", ".tar.gz")):
                 shutil.unpack_archive(whole, new, filter=None if whole.endswith("zip") else "data")
             elif not re.search(r"\.z\d\d$", file):
                 shutil.copy(file, new)
         except Exception as e:  # every kind of archive has its own errors
-            raise Stop(f"{file} cannot be unpacked ({e}); delete it, or all of {parts}, and run "
-                       f"the command again, or unpack it by hand into {root} (split zips need the "
-                       f"program zip: zip -s 0 NAME.zip --out whole.zip)")
+            raise Stop(f"{file} cannot be unpacked ({e}); delete it, or all of {parts}, and retry, "
+                       f"or unpack it into {root} by hand (split zips need the program zip: "
+                       f"zip -s 0 NAME.zip --out whole.zip)")
     inside = glob.glob(f"{new}/*")
     os.rename(inside[0] if len(inside) == 1 and os.path.isdir(inside[0]) else new, root)
     for rest in (new, parts):
@@ -780,27 +738,25 @@ def fetch_dataset(root, urls):
 # ---- the dump
 
 def open_dump(folder, meta, clips, classes, events):
-    """Create tokens/<data>/<model>/, all or nothing, or check the one that exists. Raises Stop,
-    naming what differs, for one that was extracted with other settings."""
+    """Create the dump, all or nothing. Raises Stop, naming what differs from an existing one."""
     if os.path.exists(folder):
         try:
-            old = dict(json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8")))
-            was, now = ((m.get("checkpoint") or {}).get("sha256") for m in (old, meta))
-        except (OSError, ValueError, TypeError, AttributeError) as e:
+            old = json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8"))
+            old, now = (m | {"versions": "", "checkpoint": "", "sha256": m["checkpoint"] and
+                             m["checkpoint"]["sha256"]} for m in (old, meta))
+        except (OSError, ValueError, TypeError, KeyError) as e:
             raise Stop(f"{folder}/meta.json cannot be read ({e}); use --overwrite to start over")
-        differ = [f"{key}: {old.get(key)}, now {meta[key]}" for key in meta
-                  if key not in ("versions", "checkpoint") and old.get(key) != meta[key]]
-        if differ or was != now:
-            differ += [f"checkpoint: sha256 {was}, now {now}"] * (was != now)
+        differ = [f"{k}: {old.get(k)}, now {now[k]}" for k in now if old.get(k) != now[k]]
+        if differ:
             raise Stop(f"{folder} was extracted with other settings ({'; '.join(differ)}); "
                        f"use --overwrite to start over")
         return
     new, n = folder + ".new", len(clips)
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
-    labels = np.array([[c in clip.labels for c in classes] for clip in clips], np.uint8)
-    np.save(f"{new}/labels.npy", labels.reshape(n, len(classes)))
+    np.save(f"{new}/labels.npy", np.uint8([[c in clip.labels for c in classes] for clip in clips]))
     np.save(f"{new}/state.npy", np.zeros(n, np.uint8))
+    np.save(f"{new}/checks.npy", np.zeros((n, 9)))
     for name, shape in (("cls", ()), ("tokens", (math.prod(meta["grid"]),))):
         np.lib.format.open_memmap(f"{new}/{name}.npy", "w+", np.float16, (n, *shape, meta["dim"]))
         if hasattr(os, "posix_fallocate"):  # reserve the space now: a full disk fails at once
@@ -822,20 +778,17 @@ def write_rows(file, first, rows):
     """Write rows of a .npy file from row `first` on. Not through a memory map: machines that share
     a file system would overwrite each other's pages. Raises Stop if tokens overflow float16."""
     if not np.isfinite(rows).all():
-        raise Stop(f"{file}: rows {first} to {first + len(rows) - 1} overflow float16; check the "
-                   f"checkpoint, and these clips in clips.csv")
+        raise Stop(f"{file}: rows from {first} on overflow float16; check checkpoint and clips.csv")
     array = np.load(file, mmap_mode="r")
-    assert rows.shape[1:] == array.shape[1:] and rows.dtype == array.dtype
     with open(file, "r+b") as f:
         f.seek(array.offset + first * array.strides[0])
         f.write(np.ascontiguousarray(rows))
 
-def save_block(folder, writers, block, failed, arrays, ready):
-    """Write the rows of a block, each thread a part, then their bytes in state.npy: blocks that are
-    marked survive a kill, though not a power cut. Rows of unreadable clips, `failed`, are zeros.
-    Returns the seconds this took."""
-    if ready:
-        ready.synchronize()
+def save_block(folder, writers, block, failed, arrays, done):
+    """Write the rows of a block, each thread a part, then their bytes in state.npy: marked blocks
+    survive a kill, but not a power cut. Unreadable clips, `failed`, are zeros. Returns seconds."""
+    if done:
+        done.synchronize()
     begin, jobs, step = time.time(), [], -(-len(block) // WRITERS)
     for name, array in arrays.items():
         array[[row - block[0] for row in failed]] = 0
@@ -843,23 +796,20 @@ def save_block(folder, writers, block, failed, arrays, ready):
                  for i in range(0, len(block), step)]
     for job in jobs:
         job.result()
-    marks = np.array([2 if row in failed else 1 for row in block], np.uint8)
-    write_rows(f"{folder}/state.npy", block[0], marks)
+    write_rows(f"{folder}/state.npy", block[0], np.uint8([2 if r in failed else 1 for r in block]))
     return time.time() - begin
 
 def fill_dump(folder, root, encoder, clips, seconds, most_bad):
     """Encode the unfinished blocks of this rank, every n-th one. Raises Stop."""
-    rank, world, local_world = (int(os.environ.get(name, default)) for name, default in
-                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
-    size, cuda = max(1, int(BLOCK[encoder.device] * min(1, 10 / seconds))), encoder.device == "cuda"
+    size, gpu = max(1, int(BLOCK[encoder.device] * min(1, 10 / seconds))), encoder.device == "cuda"
     state = np.load(f"{folder}/state.npy")
     blocks = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
-    todo = [block for block in blocks[rank::world] if (state[block.start:block.stop] != 1).any()]
+    todo = [block for block in blocks[RANK::WORLD] if (state[block.start:block.stop] != 1).any()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(2, cores // local_world - 3)  # leaves 3 for encoding and writing
+    threads = max(2, cores // LOCAL_WORLD - 3)  # leaves 3 for encoding and writing
     readers, saver, writers = (concurrent.futures.ThreadPoolExecutor(
         n, initializer=one_core, initargs=(encoder.device,)) for n in (threads, 1, WRITERS))
-    read = functools.partial(read_block, root, clips, seconds, cuda)
+    read = functools.partial(read_block, root, clips, seconds, gpu)
     bar = tqdm(total=sum(map(len, todo)), unit="clip", mininterval=1 if sys.stderr.isatty() else 60)
     begin, writing = time.time(), 0
     with readers, writers, saver, bar:
@@ -867,27 +817,30 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
         for block, (waves, failed) in zip(todo, in_order(readers, read, todo, threads + 2)):
             for row, reason in failed.items():
                 bar.write(f"unreadable: {clips[row].path}: {reason}", file=sys.stderr)
-            most_bad -= len(failed)
-            refuse_bad(most_bad)
-            tokens, cls = encoder(waves)
-            arrays = {"tokens": tokens, "cls": tokens.mean(1) if cls is None else cls}
-            # from CUDA into pinned memory, complete once `ready` is reached
-            arrays = {name: x.half().to("cpu", non_blocking=True).numpy()
-                      for name, x in arrays.items()}
-            ready = cuda and torch.cuda.current_stream().record_event(
-                torch.cuda.Event(blocking=True))
+            most_bad = refuse_bad(most_bad, [clips[row].path for row in failed])
+            waves = waves.to(encoder.device, non_blocking=True)
+            spec = encoder.spectrogram(waves)
+            tokens, cls = encoder.encode(spec)
+            arrays = {"tokens": tokens.half(),
+                      "cls": (tokens.mean(1) if cls is None else cls).half(),
+                      "checks": describe(waves, spec, tokens, encoder.grid)}
+            # from CUDA into pinned memory, complete once `done` is reached
+            arrays = {name: x.to("cpu", non_blocking=True).numpy() for name, x in arrays.items()}
+            done = gpu and torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True))
             writing += job.result()
-            job = saver.submit(save_block, folder, writers, block, failed, arrays, ready)
+            job = saver.submit(save_block, folder, writers, block, failed, arrays, done)
             bar.update(len(block))
         writing += job.result()
     if writing > 0.9 * (time.time() - begin):
-        size = bar.n * math.prod(encoder.grid) * encoder.dim * 2e-9
-        print(f"the disk was the limit: {size / writing:.2f} GB/s written")
+        written = bar.n * math.prod(encoder.grid) * encoder.dim * 2e-9
+        print(f"the disk was the limit: {written / writing:.2f} GB/s written")
 
-def refuse_bad(most_bad):
-    if most_bad < 0:
-        raise Stop(f"more than {MAX_BAD:.0%} of the clips are missing or unreadable; fix them, or "
-                   f"use --allow-bad")
+def refuse_bad(most_bad, paths):
+    """How many more clips than these may be missing or unreadable. Raises Stop."""
+    if len(paths) > most_bad:
+        raise Stop(f"more than {MAX_BAD:.0%} of the clips are missing or unreadable, such as "
+                   f"{', '.join(paths[:3])}; fix them, or use --allow-bad")
+    return most_bad - len(paths)
 
 def print_report(clips, missing, state, classes):
     """One row per split. Prevalence: mean share of clips per class, the macro mAP of a constant."""
@@ -898,8 +851,57 @@ def print_report(clips, missing, state, classes):
         labels = sum(len(clip.labels) for clip in good) / max(1, len(good) * len(classes))
         print(f"{split:>12} {len(good):8,} {list(missing.values()).count(split):8,} "
               f"{len(here) - len(good):11,} {labels:11.1%}")
-    for path, _ in list(missing)[:3]:
-        print(f"missing: {path}")
+
+def describe(waves, spec, tokens, grid):
+    """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, 9) for `examine`."""
+    some, spec = waves[:, ::7].contiguous(), spec.flatten(1)[:, ::7]
+    maps, bits = tokens.unflatten(1, grid)[..., :32], some.view(torch.int32).long()
+    odd = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)
+    frames = waves[:, :waves.shape[1] // FFT * FFT].unflatten(1, (-1, FFT))
+    frames = frames[:, ::frames.shape[1] // 32 + 1] * torch.hann_window(FFT, device=waves.device)
+    power = torch.view_as_real(torch.fft.rfft(frames)).square().sum((1, 3))  # (B, 257)
+    return torch.stack([figure.double() for figure in (
+        (bits * odd).sum(1) % 2 ** 48,                # a hash of the audio, exact in float64
+        some.abs().amax(1),                           # peak
+        (some.diff().abs() < 1e-6).float().mean(1),   # share of samples equal to the one before
+        (some == 0).float().mean(1),                  # share of zeros
+        (some.abs() > 0.999).float().mean(1),         # share at full scale
+        power[:, 160:].sum(1) / power.sum(1).clamp(1e-20),  # share of the power above 5 kHz
+        spec.mean(1), spec.square().mean(1),          # of the normalized input
+        (maps.amax(1) - maps.amin(1)).amax((1, 2)))], 1)  # largest change over time
+
+def examine(folder, clips, usual):
+    """Print what looks wrong with the readable clips of a complete dump, and return it: mean and sd
+    of the normalized input (in training 0 and `usual`), {what: clips}. All limits are ours."""
+    checks, cls, state = (np.load(f"{folder}/{name}.npy") for name in ("checks", "cls", "state"))
+    rows = sorted(np.flatnonzero(state == 1), key=lambda row: checks[row, 0])  # copies are adjacent
+    audio, peak, flat, zeros, clipped, high, mean, square, change = checks[rows].T
+    clips, mean, flat = [clips[row] for row in rows], mean.mean(), flat > 0.99
+    sd, same = (square.mean() - mean ** 2) ** 0.5, counts(audio)
+    found = {
+        "silent: peak below -80 dB": peak < 1e-4,
+        "constant: an offset without sound": flat & (peak >= 1e-4),
+        "clipped: over 0.1 % of the samples at full scale": clipped > 1e-3,
+        "zeros: over 25 %, padding or gaps": zeros > 0.25,
+        "dull: nothing above 5 kHz, from a lower sample rate?": ~flat & (high < 1e-5),
+        "tokens that do not change over time": change == 0,
+        "tokens of another clip": ~flat & (counts([cls[row].tobytes() for row in rows]) > 1),
+        "audio of another clip": ~flat & (same > 1),
+        "audio of another split": ~flat & (same > counts(
+            [(key, clip.split) for key, clip in zip(audio, clips)]))}
+    odd = abs(mean) > 1.5 * usual or not usual / 4 < sd < 2 * usual
+    print(f"{'clips':>8} examined; input: mean {mean:.2f}, sd {sd:.2f}, in training 0 and {usual}"
+          + ("  <- look at this" if odd else ""))
+    for text, here in found.items():
+        names = ", ".join(f"{clips[i].path} ({clips[i].split})" for i in np.flatnonzero(here)[:3])
+        print(f"{here.sum():8,} {text}" + (f"  <- look at this: {names}" if names else ""))
+    return {"input": [round(float(mean), 3), round(float(sd), 3)],
+            **{text.split(":")[0]: int(here.sum()) for text, here in found.items()}}
+
+def counts(keys):
+    """How often each of the keys occurs."""
+    times = collections.Counter(keys)
+    return np.array([times[key] for key in keys])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -916,37 +918,39 @@ def main():
     flag("--overwrite", action="store_true", help="discard an existing dump and start over")
     args = parser.parse_args()
     sets, root, folder = read_datasets(), f"data/{args.data}", f"tokens/{args.data}/{args.model}"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.data not in sets:
         raise Stop(f"unknown dataset {args.data}; datasets.txt has {' '.join(sets)}")
-    if args.overwrite and world > 1:
+    if args.overwrite and WORLD > 1:
         raise Stop(f"--overwrite works with one process only; delete {folder} and drop the flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Stop("no CUDA device found; drop --device")
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    while rank and not os.path.exists(folder):  # rank 0 downloads and creates what is missing
+        torch.cuda.set_device(LOCAL_RANK)
+    while RANK and not os.path.exists(folder):  # rank 0 downloads and creates what is missing
         time.sleep(1)
     task, seconds, number, urls = sets[args.data]
     if not os.path.isdir(root):
         if not urls:
-            how = "run python tests/demo.py" if args.data == "demo" else "see datasets.txt"
-            raise Stop(f"{root} does not exist; {how}")
+            raise Stop(f"{root} does not exist; see datasets.txt (demo: python tests/demo.py)")
         fetch_dataset(root, urls)
-    reader = READERS.get(args.data, manifest)
-    rows = birdset(root, args.shots_seed) if reader is birdset else reader(root)
+    if args.data in BIRDSET:
+        rows = birdset(root, args.shots_seed)
+    elif args.data in READERS or os.path.exists(f"{root}/manifest.csv"):
+        rows = READERS.get(args.data, manifest)(root)
+    else:
+        rows = recordings(root, seconds)
     clips, missing, classes, events = read_clips(root, rows, task)
     if os.path.exists(f"{root}/events.csv"):
-        rows = table(f"{root}/events.csv", ("path", "onset", "offset", "label"))
+        rows = table(f"{root}/events.csv", "path,onset,offset,label")
         rows = ((path, "-", [label], 0, times) for path, *times, label in rows)
         events = read_clips(root, rows, "multi")[3]
     if len(classes) != number or not clips:
         raise Stop(f"{root}: found {len(clips)} clips and {len(classes)} classes, datasets.txt "
                    f"says {number} ({', '.join(classes[:12])} ...); fix the count or the table")
-    most_bad = math.inf if args.allow_bad else MAX_BAD * (len(clips) + len(missing)) - len(missing)
-    if most_bad < 0:
-        raise Stop(f"{root}: {len(missing)} of {len(clips) + len(missing)} clips are missing, such "
-                   f"as {[path for path, _ in missing][:3]}; add them, or use --allow-bad")
+    for path, _ in list(missing)[:3]:
+        print(f"missing: {root}/{path}, one of {len(missing):,}", file=sys.stderr)
+    most_bad = MAX_BAD * (len(clips) + len(missing)) if classes and not args.allow_bad else math.inf
+    most_bad = refuse_bad(most_bad, [path for path, _ in missing])
     file, checkpoint = find_checkpoint(args.model, args.checkpoint)
     precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     encoder = Encoder(args.model, file, seconds, args.device, precision)
@@ -967,7 +971,10 @@ def main():
     state = np.load(f"{folder}/state.npy")
     if state.all():
         print_report(clips, missing, state, classes)
-        refuse_bad(most_bad - (state == 2).sum())
+        meta["examined"] = examine(folder, clips, 1 if encoder.family == "dasheng" else 0.5)
+        pathlib.Path(folder, f".meta.{RANK}").write_text(json.dumps(meta, indent=1), "utf-8")
+        os.replace(f"{folder}/.meta.{RANK}", f"{folder}/meta.json")
+        refuse_bad(most_bad, [clip.path for clip, how in zip(clips, state) if how == 2])
         print(f"complete: {folder}")
 
 

@@ -2,26 +2,23 @@
 
 Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3. A head turns the token
 map of a clip into logits; protobin, the paper's head, takes the best cosine between any token and
-each of its binary vectors.
+each of its binary vectors. Test labels are never used: evaluate.py scores.
 
 Reads    tokens/<data>/<model>/  tokens.npy float16 (clips, N, D), labels.npy uint8 (clips, C),
          clips.csv, classes.txt, meta.json, and where they exist cls.npy (clips, D), state.npy
-Writes   runs/<data>/<model>/<pool>/seed<k>/
-         logits.npy float32 (tested clips, C), rows.npy int64 (tested clips), head.pt, run.json,
-         --evidence: evidence.npy float16 (tested clips, C, N); --frames: frames.npy (.., T, C)
+Writes   runs/<data>/<model>/<pool>/seed<k>/  logits.npy float32 (tested clips, C), rows.npy int64
+         (tested clips), head.pt, run.json; --evidence: evidence.npy float16 (tested clips, C, N);
+         --frames: frames.npy (.., T, C); --apply: applied/<data>/<model>/<pool>/, scores and tracks
 
     python probe.py                                          # protobin on the newest dump
     python probe.py --pool linear,mhca,protobin --data esc50 --model eat
-    python probe.py --pool protobin --valid --lr 0.003       # choose on `valid`, in runs_valid/
-
-Test labels are never used: evaluate.py scores.
+    python probe.py --apply runs/demo/logmel/protobin/seed0/head.pt --data field
 """
 
 import argparse
 import concurrent.futures
 import csv
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -29,6 +26,7 @@ import pathlib
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 # By default idle OpenMP threads spin, and on a busy machine every parallel region waits for the one
 # that lost its core: a run takes 20 times as long. Must be set before torch is imported.
@@ -52,9 +50,8 @@ MEMORY = 0.6        # share of a GPU's free memory that resident tokens may take
 AHEAD = 3           # batches read ahead from the file for a GPU, in as many threads [ours]
 
 # Peak learning rate of the cosine schedule. The paper searches one per head, encoder and dataset
-# (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These are fixed [ours]: inside
-# those ranges, the highest mean of valid macro mAP over three sets (conv two, proto one, the demo);
-# tests/BENCH.md has the tables.
+# (1e-4..7e-3, prototype heads 2e-3..8e-2), not printed. These are fixed [ours]: in those ranges,
+# the best mean valid macro mAP of three sets (conv two, proto one, the demo); see tests/BENCH.md.
 LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 3e-3, "conv": 1e-3, "linpre": 1e-3,
       "abmilp": 7e-3, "simpool": 7e-3, "ep": 3e-3, "mhca": 3e-3, "proto": 8e-2,
       "protofloat": 5e-3, "protobin": 5e-3}
@@ -67,7 +64,6 @@ class Stop(Exception):
 
 
 # ---- heads: built as Head(D, C, grid, M); called as head(tokens (B, N, D), cls (B, D)) -> (B, C)
-#
 # evidence(tokens) -> (B, C, N), where a head has it, is what each token added to each class's
 # logit: logits - evidence.sum(-1) is the same for all clips. To copy a head, copy its class and its
 # base classes. To add one: a class, HEADS, LR, and MEANS if it needs only the mean over time.
@@ -77,23 +73,18 @@ class MaxCos(torch.autograd.Function):
 
     Exact, without a (B, N, K) tensor: a few clips at a time, keeping only the best token's index;
     backward sums those tokens, dp_k = sum_b g_bk x_b,n(b,k) / |x|. Tokens get no gradient. float16
-    tokens on a GPU need p = +-1/sqrt(D): products of halves with +-1, summed in float32, round no
-    more than float32 does. Inside, all that is (B, K) is kept as (K, B)."""
+    tokens need p = +-1/sqrt(D): half times +-1, summed in float32, rounds no more than float32."""
 
     @staticmethod
     def forward(ctx, tokens, p):
-        (B, N, D), K = tokens.shape, len(p)
-        half = tokens.dtype == torch.float16
+        (N, D), K, half = tokens.shape[1:], len(p), tokens.dtype == torch.float16
         length = torch.linalg.vector_norm(tokens, dim=2, dtype=p.dtype).clamp(min=1e-12)  # (B, N)
-        scores, places = p.new_empty(K, B), torch.empty(K, B, dtype=torch.long, device=p.device)
-        signs = p.sign().half() if half else None
-        step = max(1, TILE[tokens.device.type] // (N * K))
-        for b in range(0, B, step):
-            x = tokens[b:b + step].flatten(0, 1).T                           # (D, b*N)
-            dots = half_product(signs, x) if half else p @ x                 # (K, b*N)
-            dots = dots.div_(length[b:b + step].flatten()).view(K, -1, N)
-            scores[:, b:b + step], places[:, b:b + step] = dots.max(2)
-            del dots  # free it before the next tile
+        signs, product = (p.sign().half(), half_product) if half else (p, torch.mm)
+        step, tiles = max(1, TILE[tokens.device.type] // (N * K)), []
+        for x, norm in zip(tokens.split(step), length.split(step)):
+            tiles.append(product(signs, x.flatten(0, 1).T)                   # (K, b*N), no name:
+                         .div_(norm.flatten()).view(K, -1, N).max(2))        # it is freed at once
+        scores, places = (torch.cat(tile, 1) for tile in zip(*tiles))        # (K, B)
         ctx.save_for_backward(tokens, length, places)
         return (scores * D ** -0.5 if half else scores).T, places.T
 
@@ -102,12 +93,10 @@ class MaxCos(torch.autograd.Function):
         tokens, length, places = ctx.saved_tensors
         weights, total = (grad / length.gather(1, places.T)).T, 0            # (K, B)
         step = 32 if tokens.dtype == torch.float16 else len(tokens)  # halves are copied to float32
-        for b in range(0, len(tokens), step):
-            part = tokens[b:b + step].to(grad.dtype)
-            first = part.shape[1] * torch.arange(len(part), device=part.device)
-            total = total + nn.functional.embedding_bag(
-                places[:, b:b + step] + first, part.flatten(0, 1), mode="sum",
-                per_sample_weights=weights[:, b:b + step].contiguous())
+        for x, n, weight in zip(tokens.split(step), places.split(step, 1), weights.split(step, 1)):
+            n = n + x.shape[1] * torch.arange(len(x), device=x.device)
+            total += nn.functional.embedding_bag(n, x.flatten(0, 1).to(grad.dtype), mode="sum",
+                                                 per_sample_weights=weight.contiguous())
         return None, total
 
 def half_product(a, b):
@@ -278,8 +267,7 @@ class ABMILP(Mean):
 
     def __init__(self, D, C, grid=None, M=None):
         super().__init__(D, C)
-        self.score = nn.Sequential(nn.Linear(D, D), nn.Tanh(),
-                                         nn.Linear(D, 1))
+        self.score = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1))
 
     def attend(self, tokens):
         return self.score(tokens).softmax(1), tokens
@@ -287,18 +275,15 @@ class ABMILP(Mean):
 class SimPool(Mean):
     """SimPool without projections: y = LN(x), a = softmax_n(mean(y) . y_n / sqrt(D)),
     logits = W sum_n a_n y_n + b. 2*D + D*C + C parameters. Psomas et al., ICCV 2023; the variant
-    without W_q and W_k [official code: copies of the paper's heads; which one it used is open].
-    LN's bias adds a constant to every score, so the scores skip it."""
+    without W_q and W_k [official code: copies of the paper's heads; which one it used is open]."""
 
     def __init__(self, D, C, grid=None, M=None):
         super().__init__(D, C)
         self.norm = nn.LayerNorm(D, 1e-6)
 
     def attend(self, tokens):
-        x = nn.functional.layer_norm(tokens, tokens.shape[2:], eps=self.norm.eps)
-        g, b = self.norm.weight, self.norm.bias                              # y = g x + b
-        query = g * (g * x.mean(1) + b) / len(g) ** 0.5                      # (B, D)
-        return (x @ query[:, :, None]).softmax(1), g * x + b
+        y = self.norm(tokens)
+        return (y @ y.mean(1)[:, :, None] / y.shape[2] ** 0.5).softmax(1), y
 
 class EP(nn.Module):
     """Efficient probing: Q learned queries attend to the raw tokens, a_q = softmax_n(u_q . x_n /
@@ -387,8 +372,7 @@ def asymmetric_loss(logits, labels):
     gamma = torch.where(labels > 0, float(GAMMA_POS), float(GAMMA_NEG))
     return -((1 - right) ** gamma * right.clamp(1e-8).log()).mean()
 
-LOSSES = {"asl": asymmetric_loss,
-          "bce": nn.functional.binary_cross_entropy_with_logits,
+LOSSES = {"asl": asymmetric_loss, "bce": nn.functional.binary_cross_entropy_with_logits,
           "ce": nn.functional.cross_entropy}  # one-hot rows are class probabilities
 
 def batches(source, rows, device, dtype=torch.float32):
@@ -414,21 +398,19 @@ def batches(source, rows, device, dtype=torch.float32):
                 yield part, jobs[i].result().to(device, non_blocking=True).to(dtype)
                 jobs[i] = None  # frees its memory
 
-def train(head, source, cls, labels, rows, settings, dtype=torch.float32, name=""):
+def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
     """EPOCHS passes of AdamW with cosine decay to zero, no warm-up; keeps the last epoch. Returns
     (loss of each epoch, seconds per epoch). Raises Stop if the loss is not finite."""
-    device, lr, losses, begin = labels.device.type, settings["lr"], [], time.time()
-    decayed = [p for key, p in head.named_parameters() if key.endswith("weight") and p.ndim == 2]
-    plain = [p for p in head.parameters() if all(p is not q for q in decayed)]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": settings["weight_decay"]},
-                                   {"params": plain, "weight_decay": 0}], lr=lr, fused=True,
-                                  betas=getattr(head, "betas", (0.9, 0.999)))
+    lr, decay, losses, begin = settings["lr"], settings["weight_decay"], [], time.time()
+    decayed = {key: key.endswith("weight") and p.ndim == 2 for key, p in head.named_parameters()}
+    groups = [{"params": [p for key, p in head.named_parameters() if decayed[key] == yes],
+               "weight_decay": decay * yes} for yes in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr, getattr(head, "betas", (0.9, 0.999)), fused=True)
     shuffle = torch.Generator().manual_seed(settings["seed"])
     steps, step = EPOCHS * math.ceil(len(rows) / BATCH), 0
-    bar = tqdm(range(EPOCHS), name, leave=False, mininterval=1 if sys.stderr.isatty() else 60)
-    for epoch in bar:
+    for _ in tqdm(range(EPOCHS), settings.get("pool"), leave=False, mininterval=5):
         total, order = 0, rows[torch.randperm(len(rows), generator=shuffle)]
-        for at, tokens in batches(source, order, device, dtype):
+        for at, tokens in batches(source, order, labels.device.type, dtype):
             logits = head(tokens, None if cls is None else cls[at])
             loss = LOSSES[settings["loss"]](logits, labels[at])
             for group in optimizer.param_groups:
@@ -439,84 +421,143 @@ def train(head, source, cls, labels, rows, settings, dtype=torch.float32, name="
             step += 1
             total += loss.detach() * len(at)  # .item() would wait for the GPU
         losses.append(total.item() / len(rows))
-        bar.set_postfix(loss=f"{losses[-1]:.5f}", refresh=False)
         if not math.isfinite(losses[-1]):
-            raise Stop(f"the loss is {losses[-1]} in epoch {epoch + 1}: tokens are not finite, or "
-                       f"the learning rate {lr} is too high")
+            raise Stop(f"the loss is {losses[-1]}: tokens are not finite, or --lr {lr} is too high")
     return losses, (time.time() - begin) / EPOCHS
 
-def frames(head, F, width, tokens):
-    """(B, T, C): the head's logits on `width` time steps centered on each (fewer at the edges)."""
-    maps = tokens.unflatten(1, (-1, F))                                      # (B, T, F, D)
-    windows = (maps[:, max(0, t - width // 2):t + width // 2 + 1] for t in range(maps.shape[1]))
-    return torch.stack([head(window.flatten(1, 2)) for window in windows], 1)
+def frames(head, meta, tokens):
+    """(B, T, C): the head's logits on about 1 s of tokens around each step, fewer at the edges."""
+    maps = tokens.unflatten(1, tuple(meta["grid"]))                          # (B, T, F, D)
+    side = round((1 / meta.get("token_seconds", 1) - 1) / 2)  # steps before and after
+    return torch.stack([head(maps[:, max(0, t - side):t + side + 1].flatten(1, 2))
+                        for t in range(maps.shape[1])], 1)
 
-def run(work, settings, dump, source, cls, labels, args):
+def run(work, settings, dump, source, kinds):
     """Train a head on every fold, test each clip once, and write the files of a run into `work`.
     Returns what run.json says. Raises Stop for numbers that are not finite."""
-    pool, seed, M, device = settings["pool"], settings["seed"], settings["prototypes"], args.device
-    (_, N, D), C, (T, F) = dump["tokens"].shape, labels.shape[1], dump["meta"]["grid"]
-    width = 2 * round((1 / dump["meta"].get("token_seconds", 1) - 1) / 2) + 1  # steps of about 1 s
-    half = pool == "protobin" and device == "cuda"  # where it is exact on float16 tokens
-    dtype = torch.float16 if half else torch.float32
-    rows = torch.cat([test for _, test in dump["folds"].values()])
-    shapes = {"logits": (C,), "evidence": (C, N), "frames": (T, C)}
-    kinds = ["logits"] + ["evidence"] * args.evidence + ["frames"] * args.frames
-    files = {kind: np.lib.format.open_memmap(
-        f"{work}/{kind}.npy", "w+", np.float32 if kind == "logits" else np.float16,
-        (len(rows), *shapes[kind])) for kind in kinds}
-    heads, losses, seconds, begin, done = {}, {}, 0, time.time(), 0
-    for fold, (train_rows, test_rows) in dump["folds"].items():
-        torch.manual_seed(seed)  # before the head: seeds draw the initialization too
-        head = heads[fold] = HEADS[pool](D, C, (T, F), M).to(device)
-        name = f"{pool} seed {seed}" + f" fold {fold}" * (len(dump["folds"]) > 1)
-        losses[fold], took = train(head, source, cls, labels, train_rows, settings, dtype, name)
-        seconds += took / len(dump["folds"])
-        head.eval()
-        tested = source if kinds == ["logits"] else dump["tokens"]  # the others need every token
-        with torch.no_grad():
-            for at, tokens in batches(tested, test_rows, device, dtype):
-                for kind, file in files.items():
-                    out = (head.evidence(tokens) if kind == "evidence" else
-                           frames(head, F, width, tokens) if kind == "frames" else
-                           head(tokens, None if cls is None else cls[at]))
-                    file[done:done + len(at)] = out.float().cpu()
-                done += len(at)
+    pool, device = settings["pool"], dump.device
+    (_, N, D), C, (T, F) = dump.tokens.shape, dump.labels.shape[1], dump.meta["grid"]
+    sizes = D, C, (T, F), settings["prototypes"]
+    # protobin's products of halves are exact, see MaxCos
+    dtype = torch.float16 if (pool, device) == ("protobin", "cuda") else torch.float32
+    rows = torch.cat([test for _, test in dump.folds.values()])
+    shapes = {"logits": ("f4", C), "evidence": ("f2", C, N), "frames": ("f2", T, C)}
+    files = {kind: np.lib.format.open_memmap(f"{work}/{kind}.npy", "w+", bits, (len(rows), *shape))
+             for kind, (bits, *shape) in shapes.items() if kind in kinds}
+    heads, losses, seconds, done = {}, {}, 0, 0
+    for fold, (train_rows, test_rows) in dump.folds.items():
+        torch.manual_seed(settings["seed"])  # before the head: seeds draw the initialization too
+        head = heads[fold] = HEADS[pool](*sizes).to(device)
+        losses[fold], took = train(head, source, dump.cls, dump.labels, train_rows, settings, dtype)
+        seconds += took / len(dump.folds)
+        head.eval().requires_grad_(False)
+        tested = source if kinds == ["logits"] else dump.tokens  # the others need every token
+        for at, tokens in batches(tested, test_rows, device, dtype):
+            for kind, file in files.items():
+                out = (head.evidence(tokens) if kind == "evidence" else
+                       frames(head, dump.meta, tokens) if kind == "frames" else
+                       head(tokens, None if dump.cls is None else dump.cls[at]))
+                file[done:done + len(at)] = out.float().cpu()
+            done += len(at)
     wrong = rows[~np.isfinite(files["logits"]).all(1)]
     if len(wrong):
-        raise Stop(f"{dump['folder']}: the tokens of row {wrong[0]}, a tested clip, are not finite")
+        raise Stop(f"tokens/{dump.name}: tokens of row {wrong[0]}, a tested clip, are not finite")
+    clips = "".join("{} {}\n".format(*dump.clips[row]) for row in rows.sort().values)
     info = settings | {
+        "classes": dump.classes, "dim": D,
+        "tested": f"{len(rows)} ({hashlib.md5(clips.encode()).hexdigest()[:6]})",
         "parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
-        "seconds_per_epoch": seconds, "seconds": time.time() - begin,
-        "device": torch.cuda.get_device_name() if device == "cuda" else
-        f"cpu, {torch.get_num_threads()} threads",
+        "seconds_per_epoch": seconds, "device": torch.cuda.get_device_name() if device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     np.save(f"{work}/rows.npy", rows.numpy())
-    save_head(f"{work}/head.pt", pool, D, C, (T, F), M, heads)
+    save_head(f"{work}/head.pt", pool, *sizes, heads)
     pathlib.Path(work, "run.json").write_text(json.dumps(info, indent=1), "utf-8")
     return info
 
-def run_exists(folder, settings, args):
+def run_exists(folder, settings, kinds):
     """Whether this run has all the files asked for. Raises Stop if it has other settings."""
-    if args.overwrite or not os.path.exists(folder):
-        return False
     try:
         old = json.loads(pathlib.Path(folder, "run.json").read_text("utf-8"))
         differ = [key for key in settings if old.get(key) != settings[key]]
-    except (OSError, ValueError, AttributeError):
-        differ = ["run.json cannot be read"]
+    except (OSError, ValueError, AttributeError):  # no run, or a damaged one
+        return False
     if differ:
         raise Stop(f"{folder} has other settings ({', '.join(differ)}); --overwrite replaces it")
-    return all(os.path.exists(f"{folder}/{kind}.npy") for kind in ("evidence", "frames")
-               if getattr(args, kind))
+    return all(os.path.exists(f"{folder}/{kind}.npy") for kind in kinds)
+
+
+# ---- a trained head on other recordings
+
+def apply_head(file, dump, threshold):
+    """Score all readable clips of a dump with the head in `file` (folds: by their mean logit) into
+    applied/<data>/<model>/<pool>/: scores.csv, and events as label tracks. An event is a run of
+    time steps, also across clips, whose probability is above the threshold: that of frames, or of
+    the clip for a head that reads [cls]. Raises Stop for dumps of other encoders."""
+    try:
+        info = json.loads(pathlib.Path(file).with_name("run.json").read_text("utf-8"))
+        heads = [load_head(file, fold).to(dump.device) for fold in info["losses"]]
+        step, seconds, (T, _) = (dump.meta[key] for key in ("token_seconds", "seconds", "grid"))
+        edges = [t * step for t in range(T) if t * step < seconds] + [seconds]   # of the steps
+        was, now = [(m.get("model"), (m.get("checkpoint") or {}).get("sha256"), m["grid"][1], D)
+                    for m, D in ((info["dump"], info["dim"]), (dump.meta, dump.tokens.shape[2]))]
+        if was != now:
+            raise ValueError(f"trained on {was}, these are {now}")
+    except Exception as e:  # torch and json have their own errors for damaged files
+        raise Stop(f"{file} cannot be applied to tokens/{dump.name} ({e!r}); it needs its run.json "
+                   f"and tokens of the same encoder (model, sha256 of the checkpoint, F, D)")
+    def head(tokens, cls=None):
+        return torch.stack([fold(tokens, cls) for fold in heads]).mean(0)
+    chance = torch.sigmoid if info["dump"]["task"] == "multi" else nn.Softmax(-1)
+    framed = dump.cls is None or hasattr(heads[0], "evidence")
+    readable = [row for row, split in enumerate(dump.splits) if split is not None]
+    order = torch.tensor(sorted(readable, key=dump.clips.__getitem__))
+    tracks, latest, out = {}, {}, f"applied/{dump.name}/{info['pool']}"
+    shutil.rmtree(work := out + ".new", ignore_errors=True)
+    for kind in ("audacity", "raven"):
+        os.makedirs(f"{work}/{kind}")
+    with open(f"{work}/scores.csv", "w", newline="", encoding="utf-8") as f, torch.no_grad():
+        table = csv.writer(f, lineterminator="\n")
+        table.writerow(["path", "start", "end", *info["classes"]])
+        for at, tokens in batches(dump.tokens, order, dump.device):
+            logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
+            steps = frames(head, dump.meta, tokens) if framed else logits[:, None].expand(-1, T, -1)
+            scores, steps = chance(logits).cpu(), chance(steps).cpu()        # steps: (B, T, C)
+            for i, row in enumerate(at.tolist()):
+                path, start = dump.clips[row]
+                table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores[i])])
+                events = tracks.setdefault(path, [])
+                for t, j in (steps[i, :len(edges) - 1] > threshold).nonzero().tolist():
+                    event, onset = latest.get((path, j)), start + edges[t]
+                    if not event or onset > event[1] + 1e-3:  # a new one
+                        event = latest[path, j] = [onset, 0, info["classes"][j], 0]
+                        events.append(event)
+                    event[1] = max(event[1], start + edges[t + 1])
+                    event[3] = max(event[3], steps[i, t, j].item())
+    for path, events in tracks.items():
+        write_tracks(work, path.replace("/", "_"), events)
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(work, out)
+    print(f"{out}: {len(order):,} clips of {len(tracks):,} recordings, "
+          f"{sum(map(len, tracks.values())):,} events above {threshold:g}")
+
+def write_tracks(folder, name, events):
+    """Events [onset, offset, label, probability] as audacity/<name>.txt and raven/<name>.txt."""
+    audacity = [f"{on:.3f}\t{off:.3f}\t{label} {p:.2f}\n" for on, off, label, p in events]
+    raven = ["Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\t"
+             "Low Freq (Hz)\tHigh Freq (Hz)\tLabel\tProbability\n"]
+    raven += [f"{i}\tSpectrogram 1\t1\t{on:.3f}\t{off:.3f}\t0\t8000\t{label}\t{p:.2f}\n"
+              for i, (on, off, label, p) in enumerate(events, 1)]
+    pathlib.Path(folder, "audacity", f"{name}.txt").write_text("".join(audacity), "utf-8")
+    pathlib.Path(folder, "raven", f"{name}.txt").write_text("".join(raven), "utf-8")
 
 
 # ---- the dump
 
-def open_dump(data, model):
-    """The newest tokens/<data>/<model>, either name may be None: a dict of folder, meta, tokens
-    (clips, N, D), cls (clips, D) or None, labels (clips, C), rows {split: rows of readable clips}
-    and md5s that tell if it changed. Raises Stop if the files are inconsistent."""
+def open_dump(data, model, device):
+    """The newest tokens/<data>/<model>, either may be None: its name <data>/<model>, meta, classes,
+    tokens (clips, N, D), clips [(path, start)], splits (clips,), None where unreadable, md5s; on
+    the device, labels (clips, C) and cls (clips, D) or None. Raises Stop if they do not match."""
     found = list(pathlib.Path().glob(f"tokens/{data or '*'}/{model or '*'}/meta.json"))
     if not found:
         raise Stop(f"no dump in tokens/{data or '*'}/{model or '*'}; run python extract.py first")
@@ -526,51 +567,51 @@ def open_dump(data, model):
         # "c": never written to, but torch warns of arrays that cannot be
         arrays = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
         tokens, labels, cls = arrays["tokens"], arrays["labels"], arrays.get("cls")
-        with open(folder / "clips.csv", newline="", encoding="utf-8") as f:
-            splits = np.array([clip["split"] for clip in csv.DictReader(f)])
-        n, C = len(splits), len((folder / "classes.txt").read_text("utf-8").splitlines())
+        table = list(csv.DictReader((folder / "clips.csv").read_text("utf-8").split("\n")))
+        splits, n, D = [clip["split"] for clip in table], len(table), tokens.shape[-1]
+        clips = [(clip["path"], float(clip["start"])) for clip in table]
+        classes = (folder / "classes.txt").read_text("utf-8").splitlines()
         state, (T, F), task = arrays.get("state", np.ones(n)), meta["grid"], meta["task"]
+        sizes = {"tokens": (n, T * F, D), "labels": (n, len(classes)), "cls": (n, D), "state": (n,)}
+        broken = [f"{name}.npy has the shape {arrays[name].shape}, not {shape}" for name, shape in
+                  sizes.items() if name in arrays and arrays[name].shape != shape]
         rules = {
-            "a .npy file is too short or too long": all(
-                x.offset + x.nbytes == os.path.getsize(x.filename) for x in arrays.values()),
-            "tokens.npy must be float16 (clips, T*F, D)":
-                tokens.shape == (n, T * F, tokens.shape[-1]) and tokens.dtype == np.float16,
-            "labels.npy must be 0 or 1, (clips, C)":
-                labels.shape == (n, C) and np.isin(labels, (0, 1)).all(),
-            "cls.npy must be (clips, D)": cls is None or cls.shape == (n, tokens.shape[2]),
+            "tokens.npy must be float16": tokens.dtype == np.float16,
+            "labels.npy must be 0 or 1": np.isin(labels, (0, 1)).all(),
             "task must be multi, or single with one class per clip":
                 task == "multi" or task == "single" and (labels.sum(1) == 1).all(),
-            "extract.py is not done, run it again": state.shape == (n,) and state.all()}
-        broken = [rule for rule, kept in rules.items() if not kept]
-    except KeyError as e:
-        broken = [f"{e} is missing, of tokens.npy, labels.npy, grid, task or clips.csv's split"]
+            "extract.py is not done, or no clip is readable": state.all() and (state != 2).any()}
+        broken += [rule for rule, kept in rules.items() if not kept]
     except Exception as e:  # numpy, csv and json have their own errors for damaged files
         broken = [f"{type(e).__name__}: {e}"]
     if broken:
-        raise Stop(f"{folder}: {broken[0]} (clips as in clips.csv, C as in classes.txt, T and F as "
-                   f"in meta.json); fix it or rerun extract.py")
-    rows = {str(split): torch.from_numpy(np.flatnonzero((splits == split) & (state != 2)))
-            for split in dict.fromkeys(splits)}
-    md5, some = hashlib.md5(labels.tobytes() + "\n".join(splits).encode()), hashlib.md5()
-    for array in (tokens, cls) if cls is not None else (tokens,):
-        some.update(b"".join(array[i].tobytes() for i in (0, n // 2, -1)))
-    return {"folder": folder.as_posix(), "meta": meta, "tokens": tokens, "cls": cls,
-            "labels": labels, "rows": {split: x for split, x in rows.items() if len(x)},
-            "tokens_md5": some.hexdigest(), "labels_md5": md5.hexdigest()}
+        raise Stop(f"{folder}: {broken[0]}; fix it (needed: tokens.npy, labels.npy, classes.txt, "
+                   f"path,start,split in clips.csv, task, grid in meta.json) or rerun extract.py")
+    labels_md5 = hashlib.md5(labels.tobytes() + "\n".join(splits).encode())
+    tokens_md5 = hashlib.md5(b"".join(array[i].tobytes() for array in (tokens, cls)
+                                      if array is not None for i in (0, n // 2, -1)))
+    has_cls = cls is not None and meta.get("cls") != "mean"  # means are taken again, in float32
+    return SimpleNamespace(
+        data=folder.parts[1], name="/".join(folder.parts[1:]), device=device, meta=meta,
+        tokens=tokens, classes=classes, clips=clips, splits=np.where(state == 2, None, splits),
+        labels=torch.from_numpy(labels).to(device, torch.float32),
+        cls=torch.from_numpy(cls).to(device, torch.float32) if has_cls else None,
+        tokens_md5=tokens_md5.hexdigest(), labels_md5=labels_md5.hexdigest())
 
-def make_folds(rows, valid):
-    """{fold: (train rows, tested rows)} of {split: rows}. With a `test` split there is one fold,
-    train + valid -> test (or, to choose settings, train -> valid); else each split is one."""
+def make_folds(splits, valid):
+    """{fold: (train rows, tested rows)}. With a `test` split there is one fold, train + valid ->
+    test (or, to choose settings, train -> valid); without one, each split is a fold."""
     names, test = {"train", "valid", "test"}, "valid" if valid else "test"
-    if {"train", test} <= set(rows) <= names:
+    found = set(splits) - {None}
+    if {"train", test} <= found <= names:
         trained, tested = ["train"] if valid else ["train", "valid"], [test]
-    elif not valid and len(rows) > 1 and not names & {split.lower() for split in rows}:
-        trained, tested = list(rows), sorted(rows)
+    elif not valid and len(found) > 1 and not names & {split.lower() for split in found}:
+        trained = tested = sorted(found)
     else:
-        raise Stop(f"clips.csv has readable clips in the splits {' '.join(rows)}; needed are train "
-                   f"and test (train and valid for --valid), or folds of other names")
-    return {fold: (torch.cat([rows[name] for name in trained if name in rows and name != fold])
-                   .sort().values, rows[fold]) for fold in tested}
+        raise Stop(f"clips.csv has readable clips in the splits {' '.join(sorted(found))}; needed "
+                   f"are train and test (train and valid for --valid), or folds of other names")
+    masks = {fold: (np.isin(splits, trained) & (splits != fold), splits == fold) for fold in tested}
+    return {fold: [torch.tensor(np.flatnonzero(mask)) for mask in masks[fold]] for fold in tested}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -582,68 +623,56 @@ def main():
     flag("--seeds", type=int, default=SEEDS, help=f"runs, with seeds 0, 1, ... (default {SEEDS})")
     flag("--evidence", action="store_true", help="also write what each token added to each logit")
     flag("--frames", action="store_true", help="also write the logits around each time step")
+    flag("--apply", metavar="HEAD.PT", help="score a dump with a trained head, into applied/")
+    flag("--threshold", type=float, default=0.5, help="of --apply's events (default 0.5)")
     flag("--valid", action="store_true", help="train on train, test on valid, below runs_valid/")
     flag("--lr", type=float, default=0, help="peak learning rate (default: per head)")
     flag("--decay", type=float, default=DECAY, help=f"weight decay (default {DECAY:g})")
     flag("--loss", choices=tuple(LOSSES), help="default: asl for multi, ce for single")
     flag("--prototypes", type=int, default=0, help="per class (default 20; as20k: 10)")
     flag("--runs", metavar="DIR", help="default runs, with --valid runs_valid")
-    flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is one",
-         default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    flag("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
     flag("--overwrite", action="store_true", help="replace existing runs")
     args = parser.parse_args()
     pools = list(HEADS) if args.pool == "all" else args.pool.split(",")
     if not set(pools) <= set(HEADS):
         raise Stop(f"unknown head in --pool {args.pool}; there are {' '.join(HEADS)}")
-    if args.seeds < 1 or args.prototypes < 0 or args.lr < 0 or args.decay < 0:
-        raise Stop("--seeds must be at least 1, and --prototypes, --lr and --decay not negative")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("no CUDA device found; drop --device")
+    if args.seeds < 1 or min(args.prototypes, args.lr, args.decay) < 0:
+        raise Stop("--seeds must be at least 1, --prototypes, --lr and --decay not negative")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in conv too
-    dump = open_dump(args.data, args.model)
-    dump["folds"] = make_folds(dump["rows"], args.valid)
-    folder, meta, tokens = dump["folder"], dump["meta"], dump["tokens"]
-    # the mean token is computed here, in float32; cls.npy has it in float16
-    cls = None if meta.get("cls") == "mean" else dump["cls"]
-    for pool in pools:
-        reads_cls = not hasattr(HEADS[pool], "evidence")
-        if reads_cls and (args.evidence or args.frames and cls is not None):
-            raise Stop(f"{pool} has no evidence, and no frames if it reads [cls]: drop the flags")
-    print(f"{folder}: {len(tokens):,} clips, {tokens.shape[1]} tokens of {tokens.shape[2]}, "
-          f"{dump['labels'].shape[1]} classes, {meta['task']}; "
-          + ", ".join(f"{len(a):,} -> {len(b):,} ({s})" for s, (a, b) in dump["folds"].items()))
-    everything = torch.arange(len(tokens))
+    dump = open_dump(args.data, args.model, args.device)
+    if args.apply:
+        return apply_head(args.apply, dump, args.threshold)
+    dump.folds, tokens, C = make_folds(dump.splits, args.valid), dump.tokens, dump.labels.shape[1]
+    blind = [pool for pool in pools if not hasattr(HEADS[pool], "evidence")]
+    if blind and (args.evidence or args.frames and dump.cls is not None):
+        raise Stop(f"{blind[0]} has no evidence, and no frames if it reads [cls]: drop the flags")
+    print(f"tokens/{dump.name}: (clips, N, D) = {tokens.shape}, {C} classes, {dump.meta['task']}; "
+          + ", ".join(f"{len(a):,} -> {len(b):,} ({s})" for s, (a, b) in dump.folds.items()))
     if args.device == "cuda" and tokens.nbytes <= MEMORY * torch.cuda.mem_get_info()[0]:
-        resident = torch.empty(tokens.shape, dtype=torch.float16, device="cuda")
-        for rows, part in batches(tokens, everything, "cuda", torch.float16):
-            resident[rows] = part
-        tokens = dump["tokens"] = resident
-    if MEANS & set(pools):
-        means = torch.cat([part.unflatten(1, tuple(meta["grid"])).mean(1) for _, part in
-                           batches(tokens, everything, args.device)])        # (clips, F, D)
-        cls = means.mean(1) if cls is None else cls
-    if isinstance(cls, np.ndarray):
-        cls = torch.from_numpy(cls).to(args.device, torch.float32)
-    labels = torch.from_numpy(dump["labels"]).to(args.device, torch.float32)
-    _, data, model = folder.split("/")
+        tokens = dump.tokens = torch.from_numpy(tokens).to("cuda")
+    if MEANS & set(pools):  # then means: (clips, F, D)
+        means = torch.cat([part.unflatten(1, tuple(dump.meta["grid"])).mean(1) for _, part in
+                           batches(tokens, torch.arange(len(tokens)), args.device)])
+    kinds = ["logits", *(kind for kind in ("evidence", "frames") if getattr(args, kind))]
     root, failed = args.runs or ("runs_valid" if args.valid else "runs"), []
-    for pool, seed in itertools.product(pools, range(args.seeds)):
-        M = (args.prototypes or PROTOTYPES.get(data, 20)) if "proto" in pool else None
-        settings = {"pool": pool, "lr": args.lr or default_lr(pool, M and M * labels.shape[1]),
+    for pool, seed in [(pool, seed) for pool in pools for seed in range(args.seeds)]:
+        M = (args.prototypes or PROTOTYPES.get(dump.data, 20)) if "proto" in pool else None
+        settings = {"pool": pool, "seed": seed, "lr": args.lr or default_lr(pool, M and M * C),
                     "weight_decay": args.decay, "epochs": EPOCHS, "batch": BATCH, "prototypes": M,
-                    "loss": args.loss or ("asl" if meta["task"] == "multi" else "ce"), "seed": seed,
-                    "split": "valid" if args.valid else "test", "dump": meta,
-                    "tokens_md5": dump["tokens_md5"], "labels_md5": dump["labels_md5"]}
-        out, work = (f"{root}/{data}/{model}/{pool}/{name}" for name in
-                     (f"seed{seed}", f".seed{seed}.{os.getpid()}"))
+                    "loss": args.loss or ("asl" if dump.meta["task"] == "multi" else "ce"),
+                    "split": "valid" if args.valid else "test", "dump": dump.meta,
+                    "tokens_md5": dump.tokens_md5, "labels_md5": dump.labels_md5}
+        out = f"{root}/{dump.name}/{pool}/seed{seed}"
+        work = f"{root}/{dump.name}/{pool}/.seed{seed}.{os.getpid()}"
         try:
-            if run_exists(out, settings, args):
+            if not args.overwrite and run_exists(out, settings, kinds):
                 print(f"{out} already exists")
                 continue
             shutil.rmtree(work, ignore_errors=True)  # left by a killed process
             os.makedirs(work)
-            source = means if pool in MEANS else tokens
-            info = run(work, settings, dump, source, cls, labels, args)
+            info = run(work, settings, dump, means if pool in MEANS else tokens, kinds)
             shutil.rmtree(out, ignore_errors=True)
             os.rename(work, out)
             print(f"{pool:>10}  seed {seed}  {info['parameters']:>10,} parameters  "

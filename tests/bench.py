@@ -38,7 +38,6 @@ import probe
 CUDA, LINUX = torch.cuda.is_available(), sys.platform == "linux"
 DEVICE, HALF = ("cuda", torch.float16) if CUDA else ("cpu", torch.float32)  # half only on a GPU
 
-
 def clock(*functions, rounds=5, before=lambda: None):
     """Median seconds of each, run in turn after one warm-up of each."""
     times = [[] for _ in functions]
@@ -195,7 +194,6 @@ def bench_io(clips=4000):
         with open("tokens.npy", "rb") as f, ThreadPoolExecutor(4) as pool:
             starts = range(0, tokens.nbytes, 2**23)
             return sum(pool.map(lambda at: len(os.pread(f.fileno(), 2**23, at)), starts))
-
     limit, fast, slow = (tokens.nbytes / seconds / 1e9 for seconds in clock(
         sequential, lambda: [len(x) for _, x in probe.batches(tokens, rows, "cpu")],
         lambda: [len(torch.from_numpy(tokens[part.numpy()]).float())
@@ -289,7 +287,6 @@ def bench_rates(D=256, N=32, clips=1000, tested=400, sizes=(50, 200, 500)):
             logits = torch.cat([head(x).detach().cpu() for _, x in parts]).numpy()
             score = evaluate.metrics("multi", labels[clips:], logits)["macro mAP"]
             print(f"{C:3} classes  {pool:>10}  {lr:6g}  {score:.1f}", flush=True)
-
 
 if __name__ == "__main__":
     bench = globals().get("bench_" + "".join(sys.argv[1:])) or sys.exit(__doc__)

@@ -19,7 +19,6 @@ CLASSES = ("beeps", "bell", "buzz", "clicks", "down", "hiss", "siren", "tremolo"
 SPLITS = {"train": 700, "valid": 100, "test": 300}  # clips
 RATE, SECONDS, SEED = 16000, 5, 2509
 
-
 def make(root="data/demo", splits=SPLITS):
     """Write soundscapes (16 kHz, 16 bit), manifest.csv and events.csv below root, all or none."""
     new = root + ".making"
@@ -31,15 +30,14 @@ def make(root="data/demo", splits=SPLITS):
         for i in range(clips):
             path = f"audio/{split}{i:04d}.wav"
             wave, heard = soundscape(rng)
-            pcm = np.clip(np.round(wave * 32767), -32768, 32767).astype(np.int16)
-            soundfile.write(os.path.join(new, path), pcm, RATE, subtype="PCM_16")
+            pcm = np.round(wave * 32767).astype(np.int16)
+            soundfile.write(os.path.join(new, path), pcm, RATE)
             manifest.append((path, split, ";".join(sorted({label for *_, label in heard}))))
             events += [(path, *event) for event in heard]
     for name, rows in (("manifest.csv", manifest), ("events.csv", events)):
         with open(os.path.join(new, name), "w", newline="", encoding="utf-8") as f:
             csv.writer(f, lineterminator="\n").writerows(rows)
     os.rename(new, root)
-
 
 def soundscape(rng):
     """(wave float64 (80000,), [(onset s, offset s, class)])"""
@@ -60,10 +58,8 @@ def soundscape(rng):
         events.append((round(onset, 3), round(onset + seconds, 3), name))
     return wave * min(1, 0.95 / np.abs(wave).max()), sorted(events)
 
-
 def tone(hz, t):
     return np.sin(2 * np.pi * np.cumsum(hz + 0 * t) / RATE)
-
 
 def event(name, t, rng):
     """One sound of class `name` at the times t (s)."""
@@ -72,10 +68,9 @@ def event(name, t, rng):
     if name in ("up", "down"):      # two octaves in 0.3-0.6 s, again and again
         ramp = t / rng.uniform(0.3, 0.6) % 1
         return tone(pitch * 2 ** (2 * (ramp if name == "up" else 1 - ramp)) / 2, t)
-    if name == "siren":             # slow swing over an octave
-        return tone(pitch * 2 ** (0.5 * np.sin(2 * np.pi * t * rng.uniform(0.8, 1.6))), t)
-    if name == "warble":            # fast swing over a third
-        return tone(pitch * 2 ** (0.17 * np.sin(2 * np.pi * t * rng.uniform(8, 14))), t)
+    if name in ("siren", "warble"):  # slow swing over an octave, fast swing over a third
+        width, low, high = (0.5, 0.8, 1.6) if name == "siren" else (0.17, 8, 14)
+        return tone(pitch * 2 ** (width * np.sin(2 * np.pi * t * rng.uniform(low, high))), t)
     if name == "beeps":             # a tone, on and off
         return tone(pitch, t) * (t * rng.uniform(4, 8) % 1 < 0.5)
     if name == "tremolo":           # a rough tone
@@ -91,7 +86,6 @@ def event(name, t, rng):
     spectrum = np.fft.rfft(noise)
     hz = np.fft.rfftfreq(len(t), 1 / RATE)
     return np.fft.irfft(spectrum * ((hz > low) & (hz < 2 * low)), len(t))
-
 
 if __name__ == "__main__":
     if os.path.exists("data/demo"):

@@ -1,8 +1,7 @@
 """Synthetic checkpoints under the official key names, and the waveform of encoders_golden.json.
 
-For each key the weights are RandomState(crc32(key)) noise, scaled by the rules in `scaled`, so that
-anybody can write the same file and compare an encoder with the recorded outputs of the official
-implementations (tests/assets/encoders_golden.json)."""
+Weights are RandomState(crc32(key)) noise, scaled by the rules in `scaled`, so that anybody can
+write the same file and compare an encoder with those outputs of the official implementations."""
 
 import zlib
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 
 D, DEPTH = 768, 12
-
 
 def waveform(seconds):
     """Tone bursts, a chirp and noise, float32 (16000 * seconds,)."""
@@ -20,12 +18,8 @@ def waveform(seconds):
          + 0.02 * np.random.RandomState(0).standard_normal(len(t)))
     return torch.from_numpy(x.astype(np.float32))
 
-
 def noise(key, shape):
-    raw = np.random.RandomState(zlib.crc32(key.encode()) & 0xffffffff).standard_normal(
-        int(np.prod(shape)))
-    return raw.astype(np.float32).reshape(shape)
-
+    return np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
 
 def scaled(key, shape):
     if "relative_attention_bias" in key:  # one table, in every layer
@@ -43,7 +37,6 @@ def scaled(key, shape):
         return 0.05 * n
     return 0.02 * n
 
-
 def sincos(rows, columns, D=D):
     """(rows * columns, D): the first half of D encodes the column, the second the row."""
     def wave(p):
@@ -52,60 +45,49 @@ def sincos(rows, columns, D=D):
     r, c = np.divmod(np.arange(rows * columns), columns)
     return np.concatenate([wave(c), wave(r)], 1).astype(np.float32)
 
+def affine(name, *shape):
+    """The shapes of a weight and its bias."""
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 def blocks(prefix="", depth=DEPTH, D=D):
     shapes = {}
-    for i in range(depth):
-        for name, shape in {"norm1": (D,), "attn.qkv": (3 * D, D), "attn.proj": (D, D),
-                            "norm2": (D,), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}.items():
-            shapes[f"{prefix}blocks.{i}.{name}.weight"] = shape
-            shapes[f"{prefix}blocks.{i}.{name}.bias"] = shape[:1]
+    for at in (f"{prefix}blocks.{i}." for i in range(depth)):
+        shapes |= affine(at + "norm1", D) | affine(at + "norm2", D)
+        shapes |= affine(at + "attn.qkv", 3 * D, D) | affine(at + "attn.proj", D, D)
+        shapes |= affine(at + "mlp.fc1", 4 * D, D) | affine(at + "mlp.fc2", D, 4 * D)
     return shapes
-
 
 def shapes(family, depth=DEPTH, D=D, rows=513):
     """{official key: shape} of one checkpoint; family amae, asit, beats, dasheng or eat."""
     if family in ("amae", "asit"):
-        return {"cls_token": (1, 1, D), "pos_embed": (1, rows, D),
-                "patch_embed.proj.weight": (D, 1, 16, 16), "patch_embed.proj.bias": (D,),
-                **blocks(depth=depth, D=D), "norm.weight": (D,), "norm.bias": (D,)}
+        return {"cls_token": (1, 1, D), "pos_embed": (1, rows, D), **affine("norm", D),
+                **affine("patch_embed.proj", D, 1, 16, 16), **blocks(depth=depth, D=D)}
     if family == "eat":
-        return {"model.local_encoder.proj.weight": (D, 1, 16, 16),
-                "model.local_encoder.proj.bias": (D,), "model.extra_tokens": (1, 1, D),
+        return {"model.extra_tokens": (1, 1, D), **affine("model.pre_norm", D),
                 "model.fixed_positional_encoder.positions": (1, 6144, D),
-                "model.pre_norm.weight": (D,), "model.pre_norm.bias": (D,),
-                **blocks("model.", depth, D)}
+                **affine("model.local_encoder.proj", D, 1, 16, 16), **blocks("model.", depth, D)}
     if family == "dasheng":
         return {"time_pos_embed": (1, D, 1, 252), "freq_pos_embed": (1, D, 1, 1),
-                **{f"init_bn.1.{k}": (64,) for k in ("weight", "bias", "running_mean",
-                                                     "running_var")},
-                "patch_embed.proj.weight": (D, 1, 64, 4), "patch_embed.proj.bias": (D,),
-                **blocks(depth=depth, D=D), "norm.weight": (D,), "norm.bias": (D,)}
-    out = {"post_extract_proj.weight": (D, 512), "post_extract_proj.bias": (D,),
-           "patch_embedding.weight": (512, 1, 16, 16), "layer_norm.weight": (512,),
-           "layer_norm.bias": (512,), "encoder.pos_conv.0.bias": (D,),
+                **affine("init_bn.1", 64), "init_bn.1.running_mean": (64,),
+                "init_bn.1.running_var": (64,), **affine("patch_embed.proj", D, 1, 64, 4),
+                **blocks(depth=depth, D=D), **affine("norm", D)}
+    out = {"patch_embedding.weight": (512, 1, 16, 16), "encoder.pos_conv.0.bias": (D,),
            "encoder.pos_conv.0.weight_g": (1, 1, 128),
-           "encoder.pos_conv.0.weight_v": (D, D // 16, 128), "encoder.layer_norm.weight": (D,),
-           "encoder.layer_norm.bias": (D,)}
-    for i in range(depth):
-        at = f"encoder.layers.{i}."
-        out[at + "self_attn.grep_a"] = (1, D // 64, 1, 1)
-        out[at + "self_attn.relative_attention_bias.weight"] = (320, D // 64)
+           "encoder.pos_conv.0.weight_v": (D, D // 16, 128), **affine("layer_norm", 512),
+           **affine("post_extract_proj", D, 512), **affine("encoder.layer_norm", D)}
+    for at in (f"encoder.layers.{i}." for i in range(depth)):
+        out |= {at + "self_attn.grep_a": (1, D // 64, 1, 1),
+                at + "self_attn.relative_attention_bias.weight": (320, D // 64)}
+        out |= affine(at + "self_attn.grep_linear", 8, 64)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            out[at + f"self_attn.{name}.weight"] = (D, D)
-            out[at + f"self_attn.{name}.bias"] = (D,)
-        out[at + "self_attn.grep_linear.weight"] = (8, 64)
-        out[at + "self_attn.grep_linear.bias"] = (8,)
-        for name, shape in {"self_attn_layer_norm": (D,), "fc1": (4 * D, D), "fc2": (D, 4 * D),
-                            "final_layer_norm": (D,)}.items():
-            out[at + name + ".weight"], out[at + name + ".bias"] = shape, shape[:1]
+            out |= affine(at + f"self_attn.{name}", D, D)
+        out |= affine(at + "self_attn_layer_norm", D) | affine(at + "final_layer_norm", D)
+        out |= affine(at + "fc1", 4 * D, D) | affine(at + "fc2", D, 4 * D)
     return out
-
 
 def state(family, **sizes):
     """{official key: float32 tensor}."""
-    out = {k: torch.from_numpy(np.asarray(scaled(k, s), np.float32))
-           for k, s in shapes(family, **sizes).items()}
+    out = {key: torch.from_numpy(scaled(key, s)) for key, s in shapes(family, **sizes).items()}
     width = sizes.get("D", D)
     if family == "eat":
         rows = sincos(768, 8, width)

@@ -6,7 +6,6 @@ import bench
 import pytest
 import torch
 
-
 @pytest.mark.parametrize("kind", ["matmul", "conv2d"])
 def test_graphs_agree(kind):
     ours, naive = (bench.protobin_graph(k, 5, 20, 4, 12, 32)[:2] for k in ("ours", kind))
@@ -16,12 +15,10 @@ def test_graphs_agree(kind):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-8)
     assert ours[1].prototypes.grad.abs().max() > 0
 
-
 def test_products_have_the_encoders_flop():
     run, flop = bench.eat_products(2, 9)
     run()
     assert flop == 2 * 12 * (24 * 9 * 768**2 + 4 * 9**2 * 768)
-
 
 @pytest.mark.parametrize("name,sizes,says", [
     ("extract", dict(B=1, seconds=1.0, rounds=1, clips=40), r"free encoder: \d+ clips/s"),

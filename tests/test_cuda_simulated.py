@@ -12,6 +12,7 @@ import os
 import sys
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import extract
 import numpy as np
@@ -26,7 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 aten, TO, NUMPY, PLACE = torch.ops.aten, torch.Tensor.to, torch.Tensor.numpy, torch.Tensor.device
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
-
 
 class Device(TorchDispatchMode):
     """inner: "cpu" computes, "meta" only follows sizes."""
@@ -97,7 +97,6 @@ class Device(TorchDispatchMode):
         out, self.busy = func(*args, **kwargs), 0
         return tree_map_only(torch.Tensor, self.register, out)
 
-
 @contextlib.contextmanager
 def simulated(inner="cpu"):
     """A Device that --device cuda finds."""
@@ -119,59 +118,49 @@ def simulated(inner="cpu"):
                "is_cuda": property(device.holds), "device": property(place)}
     functions = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "set_device": lambda index: None,
+        "Event": lambda blocking: None, "is_current_stream_capturing": lambda: False,
         "current_stream": lambda: SimpleNamespace(record_event=record_event),
-        "Event": lambda blocking: None,
-        "mem_get_info": lambda: (2 ** 36, 2 ** 36), "get_device_name": lambda: "simulated",
-        "is_current_stream_capturing": lambda: False}
+        "mem_get_info": lambda: (2 ** 36, 2 ** 36), "get_device_name": lambda: "simulated"}
     torch._C._ensureCUDADeviceGuardSet()
-    with pytest.MonkeyPatch.context() as patch, device:
-        for name, value in methods.items():
-            patch.setattr(torch.Tensor, name, value, raising=False)
-        for name, value in functions.items():
-            patch.setattr(torch.cuda, name, value)
-        patch.setattr(torch, "autocast", lambda kind, *args, **more: autocast("cpu", *args, **more))
+    with mock.patch.multiple(torch.Tensor, create=True, **methods), \
+            mock.patch.multiple(torch.cuda, **functions), device, \
+            mock.patch.object(torch, "autocast", lambda _, *x, **y: autocast("cpu", *x, **y)):
         yield device
         device.wait()
 
-
-def train(patch, device, pool, **constants):
+def train(device, pool, **constants):
     """Logits of a small dump, and the simulated device."""
     os.path.exists("tokens") or write_tokens(clips=400)
-    for name, value in ({"EPOCHS": 2, "BATCH": 16} | constants).items():
-        patch.setattr(probe, name, value)
-    with simulated() if device == "cuda" else contextlib.nullcontext() as world:
+    with mock.patch.multiple(probe, **{"EPOCHS": 2, "BATCH": 16} | constants), \
+            simulated() if device == "cuda" else contextlib.nullcontext() as world:
         main(probe, "--pool", pool, "--seeds", "1", "--overwrite", "--model", "enc", device=device)
     return np.load(f"runs/made/enc/{pool}/seed0/logits.npy"), world
 
-
-def encode(patch, device, model):
-    """Tokens and cls of 11 clips of 1 s, of which number 7 is unreadable."""
+def encode(device, model):
+    """Tokens and cls of 11 clips of 1 s, 4 a block, of which number 7 is unreadable."""
     if not os.path.exists("data"):
         write_clips(11, 1)
         torch.save(official.state("eat", depth=2, D=128), "eat.pt")
-    patch.setitem(extract.BLOCK, device, 40)  # 4 clips of 1 s
     args = ["--model", model] + ["--checkpoint", "eat.pt"] * (model == "eat")
-    with simulated() if device == "cuda" else contextlib.nullcontext():
+    with mock.patch.dict(extract.BLOCK, {device: 40}), \
+            simulated() if device == "cuda" else contextlib.nullcontext():
         main(extract, "--allow-bad", "--overwrite", *args, device=device)
     return [np.load(f"tokens/made/{model}/{name}.npy").astype("f4") for name in ("tokens", "cls")]
 
-
 @pytest.mark.parametrize("memory", [0.6, 0], ids=["resident", "streamed"])
 @pytest.mark.parametrize("pool", ["protobin", "linear", "mhca"])
-def test_training(monkeypatch, pool, memory):
-    want, _ = train(monkeypatch, "cpu", pool)
-    got, device = train(monkeypatch, "cuda", pool, MEMORY=memory)
+def test_training(pool, memory):
+    want, _ = train("cpu", pool)
+    got, device = train("cuda", pool, MEMORY=memory)
     assert np.isfinite(got).all() and np.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert (aten.mm.dtype in device.ops) == (pool == "protobin")  # its tokens stay float16
 
-
 @pytest.mark.parametrize("model", ["logmel", "eat"])
-def test_extraction(monkeypatch, model):
-    for want, got in zip(*(encode(monkeypatch, device, model) for device in ("cpu", "cuda"))):
+def test_extraction(model):
+    for want, got in zip(*(encode(device, model) for device in ("cpu", "cuda"))):
         assert np.isfinite(got).all() and (got[7] == 0).all() and np.abs(want).mean() > 0.1
         assert np.linalg.norm(want - got) < 2e-3 * np.linalg.norm(want)
-
 
 def test_planted_faults(monkeypatch):
     """Labels on the host, one pinned buffer for all batches, tokens saved before they arrive."""
@@ -179,38 +168,33 @@ def test_planted_faults(monkeypatch):
     buffer = torch.zeros(16, 64, 64, dtype=torch.float16)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="same device"):
         patch.setitem(probe.LOSSES, "asl", lambda logits, labels: loss(logits, labels.cpu()))
-        train(patch, "cuda", "protobin")
+        train("cuda", "protobin")
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="pinned"):
         patch.setattr(Device, "pin", lambda device, tensor: device.register(
             buffer, pinned=True)[:len(tensor)].copy_(tensor))
-        train(patch, "cuda", "mhca", MEMORY=0)
+        train("cuda", "mhca", MEMORY=0)
     with monkeypatch.context() as patch, pytest.raises(extract.Stop, match="overflow"):  # NaN
         patch.setattr(extract, "save_block", lambda *args: save(*args[:-1], None))
-        encode(patch, "cuda", "eat")
-
+        encode("cuda", "eat")
 
 @pytest.mark.parametrize("pool", ["protobin", "mhca"])
 def test_waits_per_epoch(monkeypatch, pool):
     """An epoch has 13 steps. A wait in each of them is noticed."""
     def waits():
-        two, three = (train(monkeypatch, "cuda", pool, EPOCHS=n)[1].waits for n in (2, 3))
+        two, three = (train("cuda", pool, EPOCHS=n)[1].waits for n in (2, 3))
         return three - two
     assert 1 <= waits() <= 3
     real = probe.asymmetric_loss
     monkeypatch.setitem(probe.LOSSES, "asl", lambda *x: real(*x) + 0 * real(*x).item())
     assert waits() >= 13
 
-
-def test_memory_of_a_step(monkeypatch, capsys):
+def test_memory_of_a_step(monkeypatch):
     """protobin at K = 5,270, beside resident tokens, weights and AdamW's two states of each."""
     monkeypatch.setattr(probe, "EPOCHS", 1)
     settings = {"lr": 1e-3, "weight_decay": 0, "seed": 0, "loss": "asl"}
     with simulated("meta") as device:
-        tokens = torch.empty(300, 512, 768, dtype=torch.float16, device="cuda")
+        x = torch.empty(300, 512, 768, dtype=torch.float16, device="cuda")  # tokens
         labels, head = torch.empty(300, 527, device="cuda"), probe.ProtoBin(768, 527, M=10)
         kept = sum(device.storages.values()) + 3 * sum(p.nbytes for p in head.parameters())
-        probe.train(head.to("cuda"), tokens, None, labels, torch.arange(300), settings,
-                    torch.float16)
-    with capsys.disabled():
-        print(f" {(device.peak - kept) / 1e6:.0f} MB ", end="")
+        probe.train(head.to("cuda"), x, None, labels, torch.arange(300), settings, x.dtype)
     assert 150e6 < device.peak - kept < 300e6

@@ -14,46 +14,38 @@ import official
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, refused, script
-
+from conftest import ROOT, refused, script, write_table
 import extract
 
 DUMP, AUDIO = pathlib.Path("tokens/mine/logmel"), pathlib.Path("data/mine/audio")
+STATE = DUMP / "state.npy"
 
-
-def write_clips(clips):
+def write_clips(clips, bad=()):
     """data/mine/ with clips of 3 s of noise, of which 1 s is used; a block has 8 clips."""
     AUDIO.mkdir(parents=True)
-    rng, table, labels = np.random.default_rng(0), "path,split,start,labels\n", ("a", "b;c", "")
-    for i in range(clips):
-        soundfile.write(AUDIO / f"{i}.wav", 0.1 * rng.standard_normal(48000), 16000)
-        table += f"audio/{i}.wav,{'train' if i % 4 else 'test'},0.123456789,{labels[i % 3]}\n"
-    pathlib.Path("data/mine/manifest.csv").write_text(table)
+    for i, wave in enumerate(0.1 * np.random.default_rng(0).standard_normal((clips, 48000))):
+        soundfile.write(AUDIO / f"{i}.wav", wave, 16000)
+    for i in bad:
+        (AUDIO / f"{i}.wav").write_bytes(b"no audio")
+    write_table("data/mine/manifest.csv", "path,split,start,labels", [
+        (f"audio/{i}.wav", "train" if i % 4 else "test", 0.123456789, ("a", "b;c", "")[i % 3])
+        for i in range(clips)])
     pathlib.Path("datasets.txt").write_text("mine multi 1 3\nabsent multi 1 3\ndemo multi 1 3\n")
-
 
 def extract_mine(*args, rank="0", world="1"):
     return script("extract.py", "--data", "mine", *args, env={"RANK": rank, "WORLD_SIZE": world})
 
-
 def content():
     return {file.name: file.read_bytes() for file in DUMP.iterdir()}
-
-
-def state():
-    return np.load(DUMP / "state.npy")
-
 
 @pytest.fixture
 def whole():
     """The content of a dump that was never stopped: 100 clips, one unreadable. It is removed."""
-    write_clips(100)
-    (AUDIO / "33.wav").write_bytes(b"no audio")
+    write_clips(100, bad=[33])
     assert extract_mine().returncode == 0
     want = content()
     os.rename("tokens", "whole")
     return want
-
 
 @pytest.mark.parametrize("name, rate, channels", [
     ("a.wav", 44100, 1), ("b.flac", 48000, 2), ("c.wav", 22050, 6), ("d.wav", 16000, 2),
@@ -65,14 +57,12 @@ def test_formats_rates_and_channels(name, rate, channels):
     wave = extract.read_wave(name, 0, 2).numpy()
     assert np.abs(wave - want)[100:-100].max() < (0.05 if name[-1] in "g3" else 2e-3)  # 0.05: lossy
 
-
 def test_start_crop_and_padding():
     ramp = np.float32(np.arange(1, 16001) / 20000)
     soundfile.write("r.wav", ramp, 16000, subtype="FLOAT")
     clips = [extract.Clip("r.wav", start, "train", set()) for start in (0, 0.25, 0.75)]
     waves, _ = extract.read_block(".", clips, 0.5, False, range(3))
     assert np.array_equal(waves, [np.pad(ramp, (0, 4000))[i:i + 8000] for i in (0, 4000, 12000)])
-
 
 @pytest.mark.parametrize("wave, rate, keyword", [
     (np.zeros(0), 16000, "before the clip"), (np.ones(800), 16000, "before the clip"),
@@ -82,15 +72,15 @@ def test_unreadable_clips_become_silence(wave, rate, keyword):
     """22254 Hz would need a resampling kernel of gigabytes. The last file has a hole of zeros."""
     kind, subtype = ("WAV", "FLOAT") if keyword else ("OGG", "VORBIS")
     soundfile.write("x", wave, rate, format=kind, subtype=subtype)
-    data, size = pathlib.Path("x").read_bytes(), os.path.getsize("x") // 4
     if not keyword:
-        pathlib.Path("x").write_bytes(data[:2 * size] + bytes(size) + data[3 * size:])
+        with open("x", "r+b") as f:
+            f.seek(os.path.getsize("x") // 2)
+            f.write(bytes(os.path.getsize("x") // 4))
     soundfile.write("good.wav", np.full(80000, 0.5), 16000)
     clips = [extract.Clip(path, 0.1, "train", set()) for path in ("good.wav", "x", "absent.wav")]
     waves, failed = extract.read_block(".", clips, 4, False, range(3))
     assert list(failed) == [1, 2] and keyword in failed[1] and failed[1].strip()
     assert waves[0].all() and not waves[1:].any()
-
 
 @pytest.mark.parametrize("model, cls", [("beats", "mean"), ("eat", "cls")])
 def test_files(model, cls):
@@ -103,9 +93,9 @@ def test_files(model, cls):
     meta = json.loads((folder / "meta.json").read_text())
     assert {name: (array.dtype.name, array.shape) for name, array in found.items()} == {
         "tokens": ("float16", (20, meta["grid"][0] * 8, 128)), "cls": ("float16", (20, 128)),
-        "labels": ("uint8", (20, 3)), "state": ("uint8", (20,))}
+        "labels": ("uint8", (20, 3)), "state": ("uint8", (20,)), "checks": ("float64", (20, 9))}
     assert set(meta) == set("data model task grid seconds token_seconds sample_rate dim cls "
-                            "precision checkpoint clips versions".split())
+                            "precision checkpoint clips versions examined".split())
     assert (meta["cls"], meta["dim"], meta["seconds"], meta["grid"][1]) == (cls, 128, 1, 8)
     assert (folder / "classes.txt").read_text() == "a\nb\nc\n" and (found["state"] == 1).all()
     clips, hot = (folder / "clips.csv").read_text().splitlines(), found["labels"].tolist()
@@ -115,7 +105,6 @@ def test_files(model, cls):
     tokens, token = extract.Encoder(model, "w.pt", 1)(waves)  # another batch size rounds otherwise
     np.testing.assert_allclose(found["tokens"], tokens, atol=3e-3)
     np.testing.assert_allclose(found["cls"], tokens.mean(1) if cls == "mean" else token, atol=3e-3)
-
 
 def test_other_weights_are_refused_and_so_is_overflow_of_float16():
     write_clips(4)
@@ -129,7 +118,6 @@ def test_other_weights_are_refused_and_so_is_overflow_of_float16():
     refused(extract_mine(*eat, "w.pt", "--overwrite"), "rows", "float16", "clips.csv")
     assert not np.load("tokens/mine/eat/state.npy").any()
 
-
 def test_unreadable_clips_are_named_kept_and_tried_again():
     write_clips(40)
     assert extract_mine().returncode == 0
@@ -140,28 +128,24 @@ def test_unreadable_clips_are_named_kept_and_tried_again():
         (AUDIO / f"{other}.wav").write_bytes(good[other])
         done = extract_mine("--allow-bad")
         assert done.returncode == 0 and f"unreadable: audio/{bad}.wav" in done.stderr, done.stderr
-        assert state().tolist() == [2 if i == bad else 1 for i in range(40)]
+        assert np.load(STATE).tolist() == [2 if i == bad else 1 for i in range(40)]
         for name in ("tokens", "cls"):
             assert [i for i, x in enumerate(np.load(DUMP / f"{name}.npy")) if not x.any()] == [bad]
     refused(extract_mine(), "unreadable", "--allow-bad")
     (AUDIO / "10.wav").write_bytes(good[10])
     assert extract_mine().returncode == 0 and content() == want
 
-
 @pytest.mark.parametrize("missing, unreadable", [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0)])
 def test_one_percent_may_be_bad(missing, unreadable):
-    write_clips(100)
+    write_clips(100, bad=range(missing, missing + unreadable))
     for i in range(missing):
         os.remove(AUDIO / f"{i}.wav")
-    for i in range(missing, missing + unreadable):
-        (AUDIO / f"{i}.wav").write_bytes(b"")
     done = extract_mine()
     if missing + unreadable > 1:
         refused(done, "--allow-bad")
         done = extract_mine("--allow-bad")
     assert done.returncode == 0 and "complete" in done.stdout, done.stderr
-    assert sorted(state()) == [1] * (100 - missing - unreadable) + [2] * unreadable
-
+    assert sorted(np.load(STATE)) == [1] * (100 - missing - unreadable) + [2] * unreadable
 
 # A process that dies in the middle of one of its writes.
 KILLED = """import os, sys, extract
@@ -173,7 +157,6 @@ def killed(file, first, rows):
 extract.write_rows = killed
 extract.main()"""
 
-
 def run_ranks(world, *command):
     """Return codes of ranks that run at the same time."""
     command, jobs = [sys.executable, *map(str, command), "--data", "mine"], []
@@ -182,7 +165,6 @@ def run_ranks(world, *command):
         jobs.append(subprocess.Popen(command, env=os.environ | env))
     return [job.wait(timeout=3600) for job in jobs]
 
-
 @pytest.mark.parametrize("killed, ranks, torchrun", [
     (1, 1, []), (2, 1, []), (2, 3, []), (0, 2, []),
     (0, 1, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])])
@@ -190,38 +172,45 @@ def test_kills_and_ranks_change_no_byte(killed, ranks, torchrun, whole):
     want = np.load("whole/mine/logmel/tokens.npy")
     for kill_at in (0, 3, 6, 12) if killed else ():  # a block has 7 writes, the last one marks it
         assert run_ranks(killed, "-c", KILLED, kill_at) == [-9] * killed
-        marked = state() > 0
+        marked = np.load(STATE) > 0
         assert np.array_equal(np.load(DUMP / "tokens.npy")[marked], want[marked])
     assert not killed or 0 < np.count_nonzero(marked) < 100
     assert run_ranks(ranks, *torchrun, ROOT / "extract.py") == [0] * ranks
     assert content() == whole
 
-
 def test_ranks_agree_on_clips_and_count_bad_ones_together():
     """2 % unreadable, 1 % on each rank: neither stops by itself, but the dump does."""
-    write_clips(100)
-    for i in (1, 9):
-        (AUDIO / f"{i}.wav").write_bytes(b"no audio")
+    write_clips(100, bad=[1, 9])
     assert extract_mine(rank="0", world="2").returncode == 0
     os.rename(AUDIO / "3.wav", "3.wav")
     refused(extract_mine("--allow-bad", rank="1", world="2"), "clips", "other settings")
-    assert np.count_nonzero(state()) == 52  # rank 0 has 7 of 13 blocks, one of them of 4 clips
+    assert np.count_nonzero(np.load(STATE)) == 52  # rank 0 has 7 of 13 blocks, one of 4 clips
     os.rename("3.wav", AUDIO / "3.wav")
     refused(extract_mine(rank="1", world="2"), "--allow-bad")
 
+def test_tokens_do_not_depend_on_the_order_of_the_table():
+    write_clips(11)
+    manifest, dumps = pathlib.Path("data/mine/manifest.csv"), []
+    header, *rows = manifest.read_text().splitlines()
+    for order in rows, rows[::2] + rows[1::2]:
+        manifest.write_text("\n".join([header, *order]))
+        assert extract_mine("--overwrite").returncode == 0
+        paths = [line.split(",")[0] for line in (DUMP / "clips.csv").read_text().splitlines()[1:]]
+        assert paths == [row.split(",")[0] for row in order]
+        dumps.append(dict(zip(paths, map(bytes, np.load(DUMP / "tokens.npy")), strict=True)))
+    assert dumps[0] == dumps[1] and len(set(dumps[0].values())) == 11
 
 def test_other_settings_are_refused_by_name():
     write_clips(10)
     assert extract_mine().returncode == 0
-    before, datasets = content(), pathlib.Path("datasets.txt")
+    before = content()
     refused(extract_mine("--precision", "fp16"), "precision", "--overwrite")
-    datasets.write_text("mine multi 0.5 3\n")
+    pathlib.Path("datasets.txt").write_text("mine multi 0.5 3\n")
     refused(extract_mine(), "seconds: 1.0, now 0.5", "--overwrite")
     assert content() == before
     (DUMP / "meta.json").write_text("{")
     refused(extract_mine(), "meta.json", "--overwrite")
     assert extract_mine("--overwrite").returncode == 0 and content() != before
-
 
 def test_events_are_checked_and_their_paths_normalized():
     write_clips(4)
@@ -233,7 +222,6 @@ def test_events_are_checked_and_their_paths_normalized():
     events.write_text(header + "audio/1.wav,half,1,b\n")
     refused(extract_mine("--overwrite"), "half")
     assert (DUMP / "events.csv").read_text() == written
-
 
 @pytest.mark.parametrize("module, name, after, error, code", [
     (np, "save", 1, OSError(28, "No space left on device"), 2),
@@ -248,7 +236,6 @@ def test_full_disk_full_memory_and_ctrl_c(module, name, after, error, code, whol
     assert error.args[-1] in done.stderr and "same command" in done.stderr.splitlines()[-1]
     assert extract_mine().returncode == 0 and content() == whole
 
-
 @pytest.mark.parametrize("args, keyword", [
     (["--model", "eet"], "eat"), (["--data", "mien"], "mine"), (["--device", "cuda"], "CUDA"),
     (["--model", "asit"], "--checkpoint"), (["--model", "eat", "--checkpoint", "no.pt"], "no.pt"),
@@ -258,13 +245,11 @@ def test_mistakes_are_told_in_one_sentence(args, keyword):
     refused(extract_mine(*args, world="2"), keyword)
     assert not os.path.exists("tokens")
 
-
 def test_demo_is_deterministic():
     for root in ("a", "b"):
         demo.make(root, {"train": 12, "test": 6})
     a, b = ([x.read_bytes() for x in sorted(pathlib.Path(root).rglob("*.*"))] for root in "ab")
     assert a == b and len(a) == 18 + 2
-
 
 def test_scripts_run_where_posix_only_things_are_absent(monkeypatch):
     for name in ("posix_fallocate", "sched_getaffinity", "preadv", "sysconf"):

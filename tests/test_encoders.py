@@ -1,5 +1,4 @@
-"""extract.py's encoders: front-ends against torchaudio, tokens against recorded outputs of the
-official code, checkpoints in every official layout, the ones that are refused, and lengths."""
+"""Front-ends, tokens against recorded outputs of the official code, lengths, checkpoints."""
 
 import argparse
 import hashlib
@@ -15,13 +14,11 @@ import torch
 import torchaudio
 from conftest import ROOT
 from safetensors.torch import save_file
-
 import extract
 
 SHA256 = hashlib.sha256(b"weights").hexdigest()
 GOLDEN = json.loads((ROOT / "tests/assets/encoders_golden.json").read_text())
 FAMILIES = "amae", "asit", "beats", "dasheng", "eat"
-
 
 def waves():
     """Two seconds each: loud, quiet, silent, and loud then silent."""
@@ -29,15 +26,12 @@ def waves():
     loud, late = official.waveform(2), torch.arange(32000) >= 8000
     return torch.stack([loud, 1e-4 * torch.randn(32000), 0 * loud, loud.masked_fill(late, 0)])
 
-
 def small(family, depth=2, D=128):
     return None if family == "logmel" else official.state(family, depth=depth, D=D)
-
 
 def encoder(model, content, seconds=2.0, file="w.pt"):
     (save_file if file.endswith(".safetensors") else torch.save)(content, file)
     return extract.Encoder(model, file if content else None, seconds)
-
 
 @pytest.mark.parametrize("window", ["hanning", "povey"])
 def test_kaldi_fbank_equals_torchaudio(window):
@@ -48,14 +42,12 @@ def test_kaldi_fbank_equals_torchaudio(window):
         torch.testing.assert_close(spec, theirs, rtol=0, atol=1e-3)
         assert (spec - theirs).abs().mean() < 1e-5
 
-
 def test_decibel_mel_equals_torchaudio_per_clip():
     mel = torchaudio.transforms.MelSpectrogram(16000, 512, 512, 160, 0, 8000, n_mels=64)
     decibel = torchaudio.transforms.AmplitudeToDB("power", 120)
     ours = extract.decibel_mel(waves(), extract.mel_filters("htk"))
     for wave, spec in zip(waves(), ours):  # one at a time: the floor ignores the other clips
         torch.testing.assert_close(spec, decibel(mel(wave[None]))[0].T, rtol=0, atol=2e-3)
-
 
 def test_logmel_tokens_are_patches():
     wave, logmel = official.waveform(5)[None], encoder("logmel", None, 5)
@@ -64,7 +56,6 @@ def test_logmel_tokens_are_patches():
     patch = (spec[16 * 7:16 * 8, 16 * 3:16 * 4] + 4.2677393) / (2 * 4.5689974)  # t = 7, f = 3
     assert cls is None and logmel.grid == (31, 8) and tokens.shape == (1, 248, 256)
     torch.testing.assert_close(tokens[0, 7 * 8 + 3], patch.reshape(-1), rtol=0, atol=1e-5)
-
 
 @pytest.mark.parametrize("name, model, seconds", [
     ("beats_10s", "beats", 10), ("beats_5s", "beats", 5), ("eat_10s", "eat", 10),
@@ -90,21 +81,17 @@ def test_golden_outputs(name, model, seconds):
             "embed_in_mid": seen[0][0, middle, :4], "block0_mid": seen[1][0, middle, :4]}.items():
         np.testing.assert_allclose(found, want[key], atol=1e-3, err_msg=key)
 
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_counts_of_the_readme(family):
     other = re.compile(r"encoder.layers.([1-9]|1.).self_attn.relative|init_bn.1.running")
-    count = sum(int(np.prod(shape)) for key, shape in official.shapes(family).items()
-                if not other.match(key))
+    count = sum(np.prod(s) for key, s in official.shapes(family).items() if not other.match(key))
     assert re.search(f"\n\\| `{family}`.* {count:,} ", (ROOT / "README.md").read_text())
-
 
 def test_random_is_seeded_eat():
     a, b = (extract.Encoder("random").vit.state_dict() for _ in range(2))
     assert all(torch.equal(a[key], b[key]) for key in a) and a["cls"].std() > 0.01
     assert sum(value.numel() for value in a.values()) == 89972736 + 768  # [cls] has a position
     assert np.allclose(a["pos"][1:], official.sincos(768, 8), atol=1e-3)  # float32 angles
-
 
 @pytest.mark.parametrize("model", [*FAMILIES, "logmel"])
 def test_tokens_do_not_depend_on_the_batch_and_little_on_precision(model):
@@ -115,12 +102,10 @@ def test_tokens_do_not_depend_on_the_batch_and_little_on_precision(model):
         half, _ = extract.Encoder(model, "w.pt", 2.0, "cpu", "fp16")(waves())
         assert 0 < (half - exact).abs().max() < 0.03 < exact.abs().max()
 
-
 @pytest.mark.parametrize("family, D", [("dasheng", 1280), ("eat", 1024)])
 def test_larger_siblings(family, D):
     ours = encoder(family, small(family, 1, D))
     assert (ours.vit.blocks[0].attn.heads, len(ours.vit.blocks), ours.dim) == (16, 1, D)
-
 
 def test_dasheng_chunks_are_encoded_separately():
     """11 s are one full chunk of 1008 frames and 93 more, padded with 0 after the batch norm."""
@@ -131,7 +116,6 @@ def test_dasheng_chunks_are_encoded_separately():
     want = torch.cat([ours.vit(spec[:, :1008])[0], ours.vit(rest)[0][:, :93 // 4]], 1)
     torch.testing.assert_close(ours(wave)[0], want)
 
-
 def test_asit_positions_are_cut_or_stretched():
     pos = torch.randn(1 + 37 * 8, 16)
     cut, old = extract.resize_rows(pos, 10), pos[1:].view(37, 8, 16)
@@ -139,12 +123,10 @@ def test_asit_positions_are_cut_or_stretched():
     wide = extract.resize_rows(pos, 74)[1:].view(74, 8, 16)  # half a step apart: 3/4 and 1/4
     torch.testing.assert_close(wide[9], 0.75 * old[4] + 0.25 * old[5], rtol=1e-5, atol=1e-5)
 
-
 @pytest.mark.parametrize("model, seconds, frames, grid", [
     ("eat", 1, 128, (7, 8)), ("eat", 5, 512, (32, 8)), ("eat", 10, 1024, (64, 8)),
-    ("eat", 12, 1216, (75, 8)), ("amae", 5, 1024, (32, 8)), ("amae", 10, 1024, (64, 8)),
-    ("asit", 3, 320, (19, 8)), ("asit", 10, 1024, (64, 8)), ("beats", 5, 498, (31, 8)),
-    ("dasheng", 10, 998, (250, 1)), ("dasheng", 11, 1098, (275, 1)), ("dasheng", 0.03, 1, (1, 1)),
+    ("eat", 12, 1216, (75, 8)), ("amae", 5, 1024, (32, 8)), ("asit", 3, 320, (19, 8)),
+    ("beats", 5, 498, (31, 8)), ("dasheng", 11, 1098, (275, 1)), ("dasheng", 0.03, 1, (1, 1)),
     ("amae", 11, 0, 0), ("eat", 130, 0, 0), ("logmel", 0.1, 0, 0), ("dasheng", 0.028, 0, 0)])
 def test_lengths_and_grids(model, seconds, frames, grid):
     if not frames:  # too long for the positions, too short for a token
@@ -155,7 +137,6 @@ def test_lengths_and_grids(model, seconds, frames, grid):
     tokens = ours(torch.randn(1, round(seconds * 16000)))[0]
     assert (ours.frames, ours.grid, tokens.shape) == (frames, grid, (1, grid[0] * grid[1], 128))
 
-
 IMAGE = "modality_encoders.IMAGE."
 FAIRSEQ = {name: IMAGE + name for name in ("local_enc", "extra_tok", "fixed_pos")} | {
     "pre_norm": IMAGE + "context_encoder.norm"}
@@ -163,7 +144,6 @@ UNUSED = {"amae": "mask_token decoder_embed.weight head.weight fc_norm.weight", 
           "head_cls.mlp.0.weight head_recons.0.weight", "beats": "predictor.weight", "dasheng":
           "front_end.0.spectrogram.window outputlayer.0.weight", "eat": "head.weight fc_norm.bias "
           f"recon_proj.weight shared_decoder.x {IMAGE}decoder.blocks.0.0.weight"}
-
 
 @pytest.mark.parametrize("model, inside, prefix, renamed", [
     ("amae", "model", "", {}), ("amae", "", "encoder.", {}), ("amae+", "", "", {}),
@@ -175,13 +155,12 @@ def test_checkpoint_layouts(model, inside, prefix, renamed):
     """A state dict in .safetensors, or inside a training checkpoint, with keys we do not need."""
     family = extract.MODELS[model].family
     plain = {key: x for key, x in small(family).items() if model != "amae+" or key[:5] != "norm."}
-    content = {key: torch.ones(1) for key in UNUSED[family].split()}
+    content = {prefix + key: torch.ones(1) for key in UNUSED[family].split()}
     for key, value in plain.items():
         key = key.removeprefix("model.")
         for old, new in renamed.items():
             key = key.replace(old, new)
-        content[key] = value
-    content = {prefix + key: value for key, value in content.items()}
+        content[prefix + key] = value
     if inside:
         content = {inside: content | {"_ema": {}}, "student": {}, "label_dict": {0: "/m/09x0r"},
                    "epoch": 3, "args": argparse.Namespace(lr=1, out=pathlib.PosixPath("x"))}
@@ -190,33 +169,27 @@ def test_checkpoint_layouts(model, inside, prefix, renamed):
     assert torch.isfinite(tokens).all() and torch.equal(tokens, want)
     assert cls is want_cls is None or torch.equal(cls, want_cls)
 
-
 @pytest.mark.parametrize("model, family, change, keyword", [
     ("eat", "beats", {}, "checkpoint of eat"), ("beats", "eat", {}, "checkpoint of beats"),
     ("amae", "amae", {"norm.bias": None}, "norm.bias"), ("amae+", "amae", {}, "norm.bias"),
-    ("eat", "eat", {"surprise": torch.ones(3)}, "surprise"),
+    ("eat", "eat", {"odd": torch.ones(3)}, "odd"), ("eat", "eat", {"odd": os.mkdir}, "be read"),
     ("eat", "eat", {"model.pre_norm.weight": torch.ones(3)}, "norm.weight"),
-    ("eat", "eat", {"model.fixed_positional_encoder.positions": torch.ones(())}, "dim"),
-    ("eat", "eat", {"code": os.mkdir}, "cannot be read")])
+    ("eat", "eat", {"model.fixed_positional_encoder.positions": torch.ones(())}, "dim")])
 def test_wrong_checkpoints_are_refused(model, family, change, keyword):
     content = {key: x for key, x in (small(family) | change).items() if x is not None}
     with pytest.raises(extract.Stop, match=f"w.pt.*{keyword}"):
         encoder(model, content)
 
-
 @pytest.mark.parametrize("file", ["w.pt", "w.safetensors"])
 def test_truncated_checkpoints_are_refused(file):
     encoder("eat", small("eat"), file=file)
-    whole = pathlib.Path(file).read_bytes()
-    for size in (0, 5000, len(whole) - 1000):
-        pathlib.Path(file).write_bytes(whole[:size])
+    for size in (os.path.getsize(file) - 1000, 5000, 0):
+        os.truncate(file, size)
         with pytest.raises(extract.Stop, match=f"{file}.*cannot be read"):
             extract.Encoder("eat", file, 2.0)
 
-
 def test_find_checkpoint_downloads_once(monkeypatch):
-    """HF_ENDPOINT replaces the hub's address; a checksum mismatch leaves no file. EAT's and SSLAM's
-    files have the same keys and shapes: only the sha256 tells them apart."""
+    """From HF_ENDPOINT. Only the sha256 tells EAT's and SSLAM's files apart."""
     hub = pathlib.Path("hub/a/b/resolve/main/c.pt")
     hub.parent.mkdir(parents=True)
     hub.write_bytes(b"weights")

@@ -9,9 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import planted, refused, script, start, write_dump
+from conftest import damage, planted, refused, script, start, write_dump
 from sklearn.metrics import average_precision_score
-
 import probe
 
 TOKENS, LABELS = planted(D=36)                                               # (120, 12, 36)
@@ -19,20 +18,16 @@ HALF, SPLITS = TOKENS.astype(np.float16), ["train"] * 60 + ["valid"] * 30 + ["te
 FILES = {"head.pt", "logits.npy", "rows.npy", "run.json"}
 CLS, PLAIN = HALF[:, 0], (TOKENS, LABELS, SPLITS)
 
-
 def folder(pool="mean", seed=0, root="runs", data="d"):
     return pathlib.Path(root, data, "m", pool, f"seed{seed}")
 
-
 def info(pool="mean", seed=0):
     return json.loads((folder(pool, seed) / "run.json").read_text())
-
 
 def made(*args, pool="mean", root="runs", data="d"):
     done = script("probe.py", "--pool", pool, "--data", data, "--seeds", 1, *args)
     assert done.returncode == 0, done.stderr
     return np.load(folder(pool, root=root, data=data) / "logits.npy")
-
 
 @pytest.mark.parametrize("pool,decayed", [
     *((pool, ["linear.weight"]) for pool in ("linear", "simpool", "protobin")),
@@ -63,21 +58,11 @@ def test_training_equals_plain_adamw_with_a_cosine(pool, decayed):
     for key, p in head.named_parameters():
         torch.testing.assert_close(p, params[key], rtol=0, atol=1e-5)
 
-
-def test_batches_from_a_file_equal_batches_from_a_tensor(monkeypatch):
-    monkeypatch.setattr(probe, "BATCH", 16)
-    np.save("tokens.npy", HALF)
-    rows, tensor = torch.randperm(120)[:103], torch.from_numpy(HALF)
-    for source in (tensor, np.load("tokens.npy", mmap_mode="c")):
-        for part, (at, x) in zip(rows.split(16), probe.batches(source, rows, "cpu"), strict=True):
-            assert torch.equal(at, part) and torch.equal(x, tensor[part].float())
-
-
 @pytest.mark.parametrize("given", ("no cls.npy", "mean", "cls"))
 @pytest.mark.parametrize("pool", ("linear", "mlp", "mean", "linearc", "linpre"))
 def test_training_on_means_equals_training_on_all_tokens(pool, given):
-    dump = write_dump("tokens/d/m", *PLAIN, cls=None if given == "no cls.npy" else CLS)
-    (dump / "meta.json").write_text(json.dumps({"task": "multi", "grid": [4, 3], "cls": given}))
+    array = None if given == "no cls.npy" else CLS
+    damage(write_dump("tokens/d/m", *PLAIN, array, grid=[4, 3]) / "meta.json", {"cls": given})
     flags = [] if given == "cls" else ["--frames"]  # allowed where a head reads no [cls]
     made("--seeds", 2, *flags, pool=pool)
     logits, x = np.load(folder(pool, 1) / "logits.npy"), torch.from_numpy(HALF).float()
@@ -86,7 +71,6 @@ def test_training_on_means_equals_training_on_all_tokens(pool, given):
     cls = torch.from_numpy(CLS).float() if given == "cls" else x.mean(1)
     probe.train(head, x, cls, torch.tensor(LABELS).float(), torch.arange(90), info(pool, 1))
     np.testing.assert_allclose(logits, head(x, cls)[90:].detach(), atol=1e-4)
-
 
 @pytest.mark.parametrize("root,trained", [("runs", "train valid"), ("runs_valid", "train")])
 @pytest.mark.parametrize("split", ("train", "valid", "test"))
@@ -97,7 +81,6 @@ def test_labels_matter_for_training_clips_only(root, trained, split):
     logits, other = (made(*flags, root=root, data=data) for data in "de")
     assert np.array_equal(logits, other) == (split not in trained)
     assert np.load(folder(root=root) / "rows.npy")[0] == (60 if flags else 90)
-
 
 def test_folds_and_single_labels():
     """Each fold is tested by a head that did not see it, and head.pt holds all heads."""
@@ -113,7 +96,6 @@ def test_folds_and_single_labels():
         head = probe.load_head(folder("protobin") / "head.pt", str(i)).requires_grad_(False)
         np.testing.assert_allclose(logits[fold[rows] == i], head(mine), rtol=1e-4, atol=1e-5)
 
-
 def test_unreadable_clips_are_left_out():
     bad = np.arange(120) % 7 == 3
     write_dump("tokens/d/m", TOKENS[~bad], LABELS[~bad], np.array(SPLITS)[~bad])
@@ -122,7 +104,6 @@ def test_unreadable_clips_are_left_out():
     assert np.array_equal(made(pool="protobin"), made(pool="protobin", data="e"))
     assert not bad[np.load(folder("protobin", data="e") / "rows.npy")].any()
 
-
 def test_every_head_scores_chance_on_permuted_labels():
     tokens, labels = planted(clips=2200, N=6, D=64, C=30, share=0.15, strength=0.8)
     mixed, tested = np.random.default_rng(1).permutation(labels[:800]), labels[800:]
@@ -130,7 +111,6 @@ def test_every_head_scores_chance_on_permuted_labels():
     for pool in probe.HEADS:
         logits = made("--prototypes", 4, pool=pool)
         assert abs(average_precision_score(tested, logits) - tested.mean()) < 0.03, pool
-
 
 @pytest.mark.parametrize("pool", ("protobin", "linpre", "simpool"))
 def test_files_of_a_run(pool):
@@ -155,7 +135,6 @@ def test_files_of_a_run(pool):
         scores = head.similarity(x[:90])[0]
         assert ((head.score_mean - scores.mean(0)).abs() < 0.3 * scores.std(0)).all()
 
-
 def test_existing_runs_are_kept_and_other_settings_refused():
     dump = write_dump("tokens/d/m", *PLAIN)
     first, before = made("--seeds", 2), os.stat(folder() / "run.json")
@@ -168,7 +147,6 @@ def test_existing_runs_are_kept_and_other_settings_refused():
         np.save(dump / f"{file}.npy", array[::-1])
         refused(script("probe.py", "--pool", "mean"), f"{file}_md5")
         np.save(dump / f"{file}.npy", array)
-
 
 def test_killed_run_leaves_nothing_that_looks_like_one():
     write_dump("tokens/as20k/m", *PLAIN)
@@ -184,17 +162,15 @@ def test_killed_run_leaves_nothing_that_looks_like_one():
     assert set(os.listdir(run)) == FILES and os.listdir(run.parent) == ["seed0"]
     assert probe.load_head(run / "head.pt").prototypes.shape == (10 * 4, 36)  # 10 a class for as20k
 
-
 def test_two_processes_make_the_same_run():
     write_dump("tokens/d/m", *PLAIN)
     jobs = [start("probe.py", "--seeds", 1) for _ in range(2)]
     assert 0 in [job.wait() for job in jobs]
     assert set(os.listdir(folder("protobin"))) == FILES
 
-
 @pytest.mark.parametrize("args,rows,word", [
     (["--pool", "protobni"], [], "protobni"), (["--data", "x"], [], "tokens/x"),
-    (["--runs", "tokens/d/m/meta.json"], [], "meta.json"), (["--device", "cuda"], [], "CUDA"),
+    (["--runs", "tokens/d/m/meta.json"], [], "meta.json"), (["--device", "cuda"], [], "--device"),
     (["--pool", "mlp", "--lr", 1e30], [], "loss"), ([], [3], "loss"), ([], [95], "row 95"),
     *(([flag, -1], [], flag) for flag in ("--seeds", "--lr", "--prototypes", "--decay")),
     (["--seeds", 0], [], "--seeds"), (["--pool", "ep,mean"], [], "ep seed 0"),  # mean still runs
@@ -207,28 +183,18 @@ def test_wrong_arguments_and_tokens_that_are_not_finite(args, rows, word):
     refused(script("probe.py", "--seeds", 1, *args), word)
     assert [*pathlib.Path().rglob("*seed*")] == [folder()] * ("ep,mean" in args)
 
-
 @pytest.mark.parametrize("file,content,word", [
-    ("meta.json", b'{"task": "multi", "grid": [5, 2]}', "T*F"), ("meta.json", None, "no dump"),
+    ("meta.json", {"grid": [5, 2]}, "tokens.npy"), ("meta.json", {"task": "single"}, "task"),
     ("meta.json", b'{"grid": [12, 1]}', "task"), ("meta.json", b'{"task": "multi"}', "grid"),
-    ("meta.json", b'{"task": "single", "grid": [12, 1]}', "task"), ("meta.json", b"{", "d/m"),
-    ("tokens.npy", TOKENS, "float16"), ("tokens.npy", HALF[1:], "tokens"),
-    ("tokens.npy", None, "tokens"), ("tokens.npy", -2, "d/m"), ("labels.npy", 9, "too long"),
+    ("meta.json", b"{", "d/m"), ("meta.json", None, "no dump"), ("tokens.npy", TOKENS, "float16"),
+    ("tokens.npy", HALF[1:], "tokens"), ("tokens.npy", None, "tokens"), ("tokens.npy", -2, "d/m"),
     ("labels.npy", LABELS[1:], "labels"), ("labels.npy", 0.7 * LABELS, "labels"),
-    ("cls.npy", CLS[1:], "cls"), ("state.npy", np.arange(120), "extract.py"),
+    ("cls.npy", CLS[1:], "cls"),
+    ("state.npy", np.arange(120), "extract.py"), ("state.npy", np.ones(3), "extract.py"),
     ("state.npy", np.repeat([1, 2], [90, 30]), "train valid;"),  # no clip to test is readable
-    ("state.npy", np.ones(3), "extract.py"), ("classes.txt", b"c0\nc1\nc2\n", "labels.npy"),
-    ("classes.txt", None, "classes.txt"), ("clips.csv", b"path\n" + 120 * b"a\n", "split"),
-    ("clips.csv", b"path,split\n" + 60 * b"a,Train\n" + 60 * b"b,Test\n", "Train Test")])
+    ("classes.txt", b"c0\nc1\nc2\n", "labels.npy"), ("classes.txt", None, "classes.txt"),
+    ("clips.csv", b"path,start\n" + 120 * b"a,0\n", "split"),
+    ("clips.csv", b"path,start,split\n" + 60 * b"a,0,Train\n" + 60 * b"b,0,Test\n", "Train")])
 def test_damaged_dump(file, content, word):
-    """A number is what is added to the size of the file."""
-    path = write_dump("tokens/d/m", *PLAIN, cls=CLS) / file
-    if content is None:
-        path.unlink()
-    elif isinstance(content, np.ndarray):
-        np.save(path, content)
-    elif isinstance(content, int):
-        os.truncate(path, path.stat().st_size + content)
-    else:
-        path.write_bytes(content)
+    damage(write_dump("tokens/d/m", *PLAIN, cls=CLS) / file, content)
     refused(script("probe.py"), word)
