@@ -14,7 +14,7 @@ Writes   tokens/<data>/<model>/: clips.csv, classes.txt, meta.json, checks.npy, 
     torchrun --nproc_per_node=8 extract.py --model eat --data fsd50k
 
 Kill it at any moment; the same command resumes. Given the same random weights, tokens match those
-of the official implementations to 1e-5. [official code]: its value; [ours]; [?]: a guess.
+of the official code to 1e-5. Constants are marked [official code], [ours], or [?], a guess.
 """
 
 import argparse
@@ -57,11 +57,9 @@ LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the
 CHUNK = 1008                         # frames Dasheng encodes at once, 252 tokens [official code]
 STEP = 32                            # EAT, ASiT: frames are rounded up to a multiple of it [ours]
 BLOCK = {"cpu": 8, "cuda": 64}       # 10 s clips in a batch, also the unit of resuming [ours]
-RANK, LOCAL_RANK, WORLD, LOCAL_WORLD = (int(os.environ.get(name, alone)) for name, alone in (
-    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))  # torchrun [ours]
 WRITERS = 3                          # threads that share the writing of a block [ours]
 MAX_BAD = 0.01                       # accepted share of missing or unreadable clips [ours]
-UNEVEN = 2000                        # rate / gcd above this needs a huge resampling kernel [ours]
+UNEVEN = 2000                        # largest rate / gcd(rate, RATE): kernels grow with it [ours]
 AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # tried if the file that a table names is missing [ours]
 SPLITS = {"training": "train", "dev": "train", "val": "valid", "validate": "valid",
           "validation": "valid", "eval": "test", "evaluation": "test", "testing": "test",
@@ -71,10 +69,11 @@ AMAE = "gaunernst/vit_base_patch16_1024_128.audiomae_as2m"
 BEATS, EAT = "lpepino/beats_ckpts/BEATs_iter3", "worstchan/EAT-base_epoch30"
 Model = collections.namedtuple("Model", "family file sha256")
 
-# file: repository and name on HUB; sha256: its first 16 digits, where published [official code].
-# [?] which BEATs, A-MAE+ (AS-20k or AS-2M) and EAT (epoch 30 or 10) the paper used. beats_iter3 is
-# in a co-author's code; BEATs comes from a mirror, as its official links need a browser. A new
-# family also needs NORM, IGNORED, RENAMES, to_common and its switches in ViT and Encoder.
+# file: repository and name on HUB [official code]; sha256: of the file, its first 16 digits, "" if
+# none is published. [?] which BEATs, A-MAE+ (AS-20k or AS-2M) and EAT (epoch 30 or 10) the paper
+# used. beats_iter3 is in a co-author's code; BEATs comes from a mirror, as its official links need
+# a browser. A new family also needs NORM, IGNORED, RENAMES, to_common and its switches in ViT and
+# Encoder; what is no ViT is easier to bring as tokens (README, Your own encoder).
 MODELS = {
     "logmel": Model("logmel", "", ""),  # 16 x 16 patches of the log-mel, no network [ours]
     "random": Model("eat", "", ""),     # EAT without pretraining [ours]
@@ -100,6 +99,8 @@ class Stop(Exception):
 
 
 # ---- waveform -> spectrogram (time-major), batched, on any device
+#
+# Shapes: B clips, T time steps, F frequency bands, N = T*F tokens, D token width, L = N plus [cls].
 
 def mel_filters(kind):
     """torchaudio's filters (257, mels): "kaldi", 128 mels above 20 Hz, or "htk", 64 above 0 Hz."""
@@ -121,8 +122,8 @@ def kaldi_fbank(waves, filters, povey=False):
     return (power @ filters).clamp(LOG_FLOOR).log()
 
 def decibel_mel(waves, filters):
-    """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The 120 dB floor is
-    per clip: torchaudio's AmplitudeToDB takes it over a batch, so clips depend on neighbors."""
+    """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The floor of 120 dB
+    is per clip: with AmplitudeToDB's, over a batch, a clip would depend on its neighbors."""
     window = torch.hann_window(FFT, device=waves.device)
     spec = torch.stft(waves, FFT, HOP, window=window, pad_mode="reflect", return_complex=True)
     power = torch.view_as_real(spec).square().sum(-1).transpose(1, 2)        # (B, T, 257)
@@ -165,7 +166,7 @@ class Block(torch.nn.Module):
             fc1=torch.nn.Linear(D, hidden), gelu=torch.nn.GELU(), fc2=torch.nn.Linear(hidden, D)))
 
     def forward(self, x, bias):
-        if self.post:  # 1 * x would copy x
+        if self.post:  # without a product where alpha is 1: it would only copy x
             x = self.norm1((x if self.alpha == 1 else self.alpha * x) + self.attn(x, bias))
             return self.norm2((x if self.alpha == 1 else self.alpha * x) + self.mlp(x))
         x = x + self.attn(self.norm1(x), bias)
@@ -189,7 +190,7 @@ class ViT(torch.nn.Module):
             self.stem = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, D))
             _, group, taps = state["conv_pos.weight"].shape
             self.conv_pos = torch.nn.Conv1d(D, D, taps, padding=taps // 2, groups=D // group)
-            self.rel_bias = torch.nn.Parameter(torch.empty(320, heads))
+            self.rel_bias = torch.nn.Parameter(torch.empty(320, heads))  # see rel_bucket
         else:
             self.pos = torch.nn.Parameter(torch.empty(len(state["pos"]), D))
         self.cls = torch.nn.Parameter(torch.empty(D)) if "cls" in state else None
@@ -201,7 +202,8 @@ class ViT(torch.nn.Module):
         x, bias = self.patch(spec[:, None]).flatten(2).transpose(1, 2), None  # (B, N, D), n = t*F+f
         if self.beats:  # one relative position bias for all blocks
             x = self.stem(x)
-            x = x + F.gelu(self.conv_pos(x.transpose(1, 2))[..., :-1]).transpose(1, 2)
+            conv = self.conv_pos(x.transpose(1, 2))[..., :-1]  # an even kernel adds one step
+            x = x + F.gelu(conv).transpose(1, 2)
             bias = self.rel_bias[rel_bucket(x.shape[1], x.device)].permute(2, 0, 1).contiguous()
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)            # (B, 1+N, D)
@@ -228,8 +230,8 @@ IGNORED = {  # heads, decoders and buffers that the tokens do not need
     "amae": r"mask_token|decoder_|fc_norm\.|head\.", "asit": r"head_cls\.|head_recons\.|mlp_head\.",
     "beats": r"predictor\.", "dasheng": r"front_end\.|outputlayer\.|.*num_batches_tracked",
     "eat": r"decoder\.|recon_proj\.|shared_decoder\.|_ema|fc_norm\.|head\."}
-RENAMES = [  # official key -> ours, one after the other: first wrappers, which may nest, are
-    # removed; BEATs' own encoder. stays. rel_bias is the same in all blocks
+RENAMES = [  # official key -> ours, in this order. The first removes wrappers, which may nest, but
+    # not BEATs' own "encoder."; rel_bias is the same in all blocks
     (r"^((module|backbone|v|model|modality_encoders\.IMAGE|encoder(?!\.layer|\.pos_conv))\.)*", ""),
     (r"^(patch_embed\.proj|local_encoder\.proj|patch_embedding)\.", "patch."),
     (r"^(cls_token|extra_tokens)$", "cls"),
@@ -252,14 +254,17 @@ def read_checkpoint(file):
             state = torch.load(file, map_location="cpu", weights_only=True)
         state = next((state[key] for key in ("model", "teacher", "state_dict")
                       if isinstance(state.get(key), dict)), state)
-        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # drops e.g. _ema
+        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # not EAT's _ema
     except Exception as e:  # the readers raise different errors for a damaged file
         raise Stop(f"{file} cannot be read as a checkpoint ({type(e).__name__}: "
-                   f"{str(e).split('. ')[0][:160]}); delete it and download it again")
+                   f"{str(e).split('. ')[0][:160]}); download it again, or save the state dict")
 
 def to_common(state, family):
     """Official keys and layouts -> the ViT's: one fused qkv, cls as (D,), positions as rows whose
-    first is [cls]'s, time-major patch kernels, weight norm folded in."""
+    first is [cls]'s, time-major patch kernels, weight norm folded in. Raises KeyError or ValueError
+    for another family's."""
+    if (family == "eat") != any("extra_tokens" in key for key in state):
+        raise ValueError("EAT and SSLAM have extra_tokens, the others have not")
     out = {}
     for key, value in state.items():
         for old, new in RENAMES:
@@ -299,7 +304,7 @@ def random_state():
 
 def resize_rows(pos, T):
     """ASiT's learned positions for T time steps: the middle of the table, or bilinear between
-    its rows where the clip is longer [AST's recipe, second-hand]; row 0 is [cls]'s."""
+    its rows where the clip is longer [as in AST, from a description]; row 0 is [cls]'s."""
     rows = pos[1:].T.reshape(1, pos.shape[1], -1, 8)                         # (1, D, T0, 8)
     if T > rows.shape[2]:
         rows = F.interpolate(rows, (T, 8), mode="bilinear")
@@ -336,12 +341,12 @@ class Encoder:
             self.load(model, file)
             self.dim, self.has_cls = len(self.vit.blocks[0].norm1.weight), self.vit.cls is not None
             limit = (len(self.vit.pos) - 1) // 8 * 16 if self.has_cls else math.inf
-        if self.grid[0] < 1 or samples < FRAME or max(frames, self.frames) > limit:
-            bound = "too short for a token" if frames < 16 else f"over the {limit} frames (10 ms)"
-            raise Stop(f"clips of {seconds:g} s are {bound} of {model}; see datasets.txt")
+        if self.grid[0] < 1 or max(frames, self.frames) > limit:
+            bound = "too short" if frames < 16 else f"longer than {limit / 100:g} s, too long"
+            raise Stop(f"clips of {seconds:g} s are {bound} for {model}; see datasets.txt")
 
     def load(self, model, file):
-        """Set vit, and Dasheng's scale and shift, from a checkpoint or at random."""
+        """Set vit, and Dasheng's scale and shift (64,); without a file, at random. Raises Stop."""
         try:
             state = to_common(read_checkpoint(file), self.family) if file else random_state()
             if self.family == "asit":
@@ -392,15 +397,16 @@ class Encoder:
         return tokens[:, :self.grid[0] * self.grid[1]], cls
 
 def find_checkpoint(model, file):
-    """(file, or the official one in torch.hub's folder, {source, sha256}) or Nones. Raises Stop."""
+    """-> (path, {source, sha256}), or (None, None) for a model without weights. Downloads the
+    official file into torch.hub's folder. Raises Stop."""
     source, official = file, MODELS[model]
     if model in ("logmel", "random"):
         if file:
             raise Stop(f"{model} has no weights; leave --checkpoint out")
         return None, None
     if not file and not official.file:
-        raise Stop(f"the weights of {model} are on a cloud drive that no script can reach (see the "
-                   f"official repository); give the file you have with --checkpoint")
+        raise Stop(f"the weights of {model} cannot be downloaded by a script (README, Encoders); "
+                   f"give the file you have with --checkpoint")
     if not file:
         repository, name = official.file.rsplit("/", 1)
         source = f"{HUB}/{repository}/resolve/main/{name}"
@@ -432,7 +438,7 @@ def read_wave(file, start, seconds):
     if rate // math.gcd(rate, RATE) > UNEVEN:
         raise ValueError(f"unsupported sample rate of {rate} Hz; resample it to {RATE}")
     wave = torch.from_numpy(wave)                                            # (samples, channels)
-    wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # mean(1) takes 7 times as long
+    wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # the mean, but 7 times as fast
     if not wave.sum().isfinite():
         raise ValueError("it contains NaN or infinite samples")
     return (wave if rate == RATE else resampler(rate, RATE)(wave))[:round(seconds * RATE)]
@@ -468,9 +474,9 @@ def one_core(device):
 
 # ---- datasets
 #
-# A reader yields (path below root, split, labels[, start, (onset, offset)]) from the tables as
-# unpacked. "**/name" is a file anywhere below root. A repeated clip keeps its first split and gains
-# labels. A path of None only declares classes.
+# A reader has its dataset's name. It yields (path below root, split, labels[, start, (onset,
+# offset)]) from the unpacked tables. "**/name" is a file anywhere below root. A repeated clip keeps
+# its first split and gains labels. A row whose path is None only adds its labels to the classes.
 
 def table(file, columns="", *optional):
     """Rows of a .csv (commas) or any other file (tabs), without # comment lines: the columns "a,b"
@@ -485,7 +491,7 @@ def table(file, columns="", *optional):
                 if columns and (len(row) != len(header) or not set(wanted) <= set(header)):
                     raise ValueError(f"row {str(row)[:80]} does not match the header {header}; it "
                                      f"needs {columns}, and cells with commas need quotes")
-                cells = dict(zip(header, row))
+                cells = dict(zip(header, map(str.strip, row)))
                 yield [cells.get(name, "") for name in (*wanted, *optional)] if columns else row
         except (ValueError, csv.Error) as e:
             raise Stop(f"{file}:{rows.line_num}: {e}; fix the line, and save the file as UTF-8")
@@ -500,14 +506,17 @@ def manifest(root):
         yield path, split, labels.split(";"), start
 
 def recordings(root, seconds):
-    """Without manifest.csv: all audio in windows, the last zero-padded, split test, no labels."""
+    """Without manifest.csv: every audio file below root, cut into clips, the last one zero-padded,
+    all of the split test, without labels. Raises Stop."""
     for path in sorted(glob.glob("**", root_dir=root, recursive=True)):  # not .hidden files
         if path.lower().endswith(AUDIO):
             try:
                 length = soundfile.info(os.path.join(root, path)).duration
             except RuntimeError:  # read_wave will say why
                 length = 0
-            for i in range(max(1, math.ceil(length / seconds - 1e-3))):  # no window for less
+            if length > 1e9:  # how libsndfile reports an unknown length
+                raise Stop(f"{root}/{path} does not say how long it is; encode it again")
+            for i in range(max(1, math.ceil(length / seconds - 1e-3))):  # drops 0.1 % of a clip
                 yield path, "test", [], i * seconds
 
 def as20k(root):
@@ -531,12 +540,13 @@ def desed(root):
 def desed_public(root, tsv="eval/public.tsv", folder="audio/eval/public", split=None):
     for name, *times, label in table(f"{root}/metadata/{tsv}", "filename,onset,offset,event_label"):
         path = f"{folder}/{name}"
-        yield path, split or drawn(path), [label], 0, times[0] and times
+        yield path, split or drawn(path), [label], 0, times if times[0] else None
 
 def spass(root, merged={}):  # [?] the names of the columns of times
     for file in sorted(glob.glob(f"{root}/?_MatrixLabels*.csv")):
         for name, label, *times in table(file, "audio_filename,class", "start (s)", "end (s)"):
-            yield f"**/{name}", drawn(name), [merged.get(label, label)], 0, times[0] and times
+            labels, times = [merged.get(label, label)], times if times[0] else None
+            yield f"**/{name}", drawn(name), labels, 0, times
 
 def spass28(root):
     """How 33 names become the paper's 28 is a guess [ours]: idling and moving are one, and so are
@@ -559,7 +569,7 @@ def sc2(root):
     for file, split in (("testing_list.txt", "test"), ("validation_list.txt", "valid")):
         for path, in table(f"{root}/{file}"):
             yield path, split, [path.split("/")[0]]
-    for path in sorted(pathlib.Path(root).glob("[a-z]*/*.wav")):  # a repeated clip keeps its split
+    for path in sorted(pathlib.Path(root).glob("[a-z]*/*.wav")):  # those above keep their split
         yield "/".join(path.parts[-2:]), "train", [path.parts[-2]]
 
 def fsdd(root):
@@ -632,7 +642,10 @@ def read_clips(root, rows, task):
                 missing.setdefault((wanted, start), split)
                 continue
             clips.setdefault((path, start), Clip(path, start, split, set())).labels.update(labels)
-            events += [(path, *map(float, times), label) for label in sorted(labels) if times]
+            onset, offset = map(float, times or (0, 0))
+            if not 0 <= onset <= offset < math.inf:
+                raise ValueError("its event needs 0 <= onset <= offset, in seconds")
+            events += [(path, onset, offset, label) for label in sorted(labels) if times]
     except (ValueError, KeyError) as e:  # KeyError: a column of a parquet file
         raise Stop(f"{root}: {str(row)[:200]} cannot be used ({e}); fix the table")
     for clip in clips.values():
@@ -651,7 +664,6 @@ def find_audio(root, wanted):
                 raise Stop(f"{root}: {name} and {more[0]} both match {wanted}; remove one")
         if name and os.path.isfile(os.path.join(root, name)):
             return os.path.normpath(name).replace(os.sep, "/")
-    return None
 
 @functools.lru_cache(maxsize=1)
 def files_by_name(root):
@@ -663,19 +675,19 @@ def files_by_name(root):
 def read_datasets(file="datasets.txt"):
     """{name: (task, seconds, classes, urls)}. {01..03} in a URL counts; one without :// lies beside
     the one before it; indented lines continue. Raises Stop with file:line."""
-    sets, urls = {}, []
-    for row, line in enumerate(pathlib.Path(file).read_text("utf-8-sig").splitlines(), 1):
+    sets, urls, text = {}, [], pathlib.Path(file).read_text("utf-8-sig", "replace")
+    for row, line in enumerate(text.splitlines(), 1):
         words = re.sub(r"(^|\s)#.*", "", line).split()
         if words and not line[0].isspace():
             fits = re.fullmatch(r"\S+ (single|multi) \d+(\.\d+)? \d+", " ".join(words[:4]))
-            if not fits or words[0] in sets:
+            if not fits or not float(words[2]) or words[0] in sets:
                 raise Stop(f"{file}:{row}: {line!r} is not 'name single|multi seconds classes "
                            f"[URLs]' with a new name")
             name, task, seconds, classes, *words = words
             sets[name] = task, float(seconds), int(classes), (urls := [])
         for word in words:
             if "." not in word or not (urls or sets and "://" in word):
-                raise Stop(f"{file}:{row}: {word} is not a URL (do not indent a dataset's line)")
+                raise Stop(f"{file}:{row}: {word} is not a URL; only URLs may be indented")
             word = urllib.parse.urljoin(urls[-1], word) if urls else word
             first, last = re.search(r"\{(\d+)\.\.(\d+)\}|$", word).groups()
             numbers = range(int(first), int(last) + 1) if first else [0]
@@ -691,7 +703,7 @@ def download(url, file):
     print(f"downloading {url}", file=sys.stderr)
     os.makedirs(os.path.dirname(file), exist_ok=True)
     try:
-        with urllib.request.urlopen(url) as reply:
+        with urllib.request.urlopen(url, timeout=60) as reply:
             size = int(reply.headers.get("Content-Length") or 0)
         torch.hub.download_url_to_file(url, file + ".part", sha256 or None)
         if size and os.path.getsize(file + ".part") != size:  # torch.hub does not check
@@ -701,8 +713,8 @@ def download(url, file):
     os.replace(file + ".part", file)
 
 def fetch_dataset(root, urls):
-    """Download and unpack the archives of a dataset. Root appears only when complete, without a
-    single top-level folder; finished downloads survive a stop. Raises Stop."""
+    """Download and unpack the archives of a dataset. Root appears only when complete; if all is in
+    one folder, that becomes root. Finished downloads survive a stop. Raises Stop."""
     parts, new = root + ".download", root + ".unpacking"
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
@@ -737,16 +749,22 @@ def fetch_dataset(root, urls):
 
 # ---- the dump
 
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
+WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+
 def open_dump(folder, meta, clips, classes, events):
-    """Create the dump, all or nothing. Raises Stop, naming what differs from an existing one."""
+    """Create the dump, all or nothing, or leave the existing one as it is. Raises Stop, naming what
+    differs, if that has other settings (other versions, or another path of the checkpoint, do)."""
     if os.path.exists(folder):
+        def settings(meta):
+            sha256 = meta["checkpoint"] and meta["checkpoint"]["sha256"]
+            return meta | {"versions": None, "checkpoint": None, "sha256": sha256}
         try:
-            old = json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8"))
-            old, now = (m | {"versions": "", "checkpoint": "", "sha256": m["checkpoint"] and
-                             m["checkpoint"]["sha256"]} for m in (old, meta))
+            old = settings(json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8")))
         except (OSError, ValueError, TypeError, KeyError) as e:
-            raise Stop(f"{folder}/meta.json cannot be read ({e}); use --overwrite to start over")
-        differ = [f"{k}: {old.get(k)}, now {now[k]}" for k in now if old.get(k) != now[k]]
+            raise Stop(f"{folder}/meta.json is damaged ({e!r}); use --overwrite to start over")
+        differ = [f"{key}: {old.get(key)}, now {value}" for key, value in settings(meta).items()
+                  if old.get(key) != value]
         if differ:
             raise Stop(f"{folder} was extracted with other settings ({'; '.join(differ)}); "
                        f"use --overwrite to start over")
@@ -756,7 +774,7 @@ def open_dump(folder, meta, clips, classes, events):
     os.makedirs(new)
     np.save(f"{new}/labels.npy", np.uint8([[c in clip.labels for c in classes] for clip in clips]))
     np.save(f"{new}/state.npy", np.zeros(n, np.uint8))
-    np.save(f"{new}/checks.npy", np.zeros((n, 9)))
+    np.save(f"{new}/checks.npy", np.zeros((n, len(CHECKS))))
     for name, shape in (("cls", ()), ("tokens", (math.prod(meta["grid"]),))):
         np.lib.format.open_memmap(f"{new}/{name}.npy", "w+", np.float16, (n, *shape, meta["dim"]))
         if hasattr(os, "posix_fallocate"):  # reserve the space now: a full disk fails at once
@@ -786,7 +804,8 @@ def write_rows(file, first, rows):
 
 def save_block(folder, writers, block, failed, arrays, done):
     """Write the rows of a block, each thread a part, then their bytes in state.npy: marked blocks
-    survive a kill, but not a power cut. Unreadable clips, `failed`, are zeros. Returns seconds."""
+    survive a kill, but not a power cut. Rows of `failed`, unreadable clips, are zeros. done: a CUDA
+    event to wait for, or None. Returns the seconds spent writing."""
     if done:
         done.synchronize()
     begin, jobs, step = time.time(), [], -(-len(block) // WRITERS)
@@ -800,7 +819,8 @@ def save_block(folder, writers, block, failed, arrays, done):
     return time.time() - begin
 
 def fill_dump(folder, root, encoder, clips, seconds, most_bad):
-    """Encode the unfinished blocks of this rank, every n-th one. Raises Stop."""
+    """Encode this rank's share of the blocks that are unfinished or have unreadable clips. Raises
+    Stop if more than most_bad of these are unreadable."""
     size, gpu = max(1, int(BLOCK[encoder.device] * min(1, 10 / seconds))), encoder.device == "cuda"
     state = np.load(f"{folder}/state.npy")
     blocks = [range(i, min(i + size, len(clips))) for i in range(0, len(clips), size)]
@@ -816,7 +836,8 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
         job = saver.submit(float)  # saves the block before; at first there is none
         for block, (waves, failed) in zip(todo, in_order(readers, read, todo, threads + 2)):
             for row, reason in failed.items():
-                bar.write(f"unreadable: {clips[row].path}: {reason}", file=sys.stderr)
+                bar.write(f"unreadable: {clips[row].path} ({clips[row].start:g} s): {reason}",
+                          file=sys.stderr)
             most_bad = refuse_bad(most_bad, [clips[row].path for row in failed])
             waves = waves.to(encoder.device, non_blocking=True)
             spec = encoder.spectrogram(waves)
@@ -826,7 +847,8 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
                       "checks": describe(waves, spec, tokens, encoder.grid)}
             # from CUDA into pinned memory, complete once `done` is reached
             arrays = {name: x.to("cpu", non_blocking=True).numpy() for name, x in arrays.items()}
-            done = gpu and torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True))
+            done = torch.cuda.current_stream().record_event(
+                torch.cuda.Event(blocking=True)) if gpu else None
             writing += job.result()
             job = saver.submit(save_block, folder, writers, block, failed, arrays, done)
             bar.update(len(block))
@@ -836,14 +858,17 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
         print(f"the disk was the limit: {written / writing:.2f} GB/s written")
 
 def refuse_bad(most_bad, paths):
-    """How many more clips than these may be missing or unreadable. Raises Stop."""
+    """How many more clips may be missing or unreadable after these. Raises Stop."""
     if len(paths) > most_bad:
         raise Stop(f"more than {MAX_BAD:.0%} of the clips are missing or unreadable, such as "
                    f"{', '.join(paths[:3])}; fix them, or use --allow-bad")
     return most_bad - len(paths)
 
+
+# ---- the report
+
 def print_report(clips, missing, state, classes):
-    """One row per split. Prevalence: mean share of clips per class, the macro mAP of a constant."""
+    """One row per split. Prevalence: mean share of clips per class, a constant's macro mAP."""
     print(f"{'split':>12} {'clips':>8} {'missing':>8} {'unreadable':>11} {'prevalence':>11}")
     for split in dict.fromkeys([*(clip.split for clip in clips), *missing.values()]):
         here = [(clip, s) for clip, s in zip(clips, state) if clip.split == split]
@@ -852,48 +877,56 @@ def print_report(clips, missing, state, classes):
         print(f"{split:>12} {len(good):8,} {list(missing.values()).count(split):8,} "
               f"{len(here) - len(good):11,} {labels:11.1%}")
 
+CHECKS = "audio peak flat zeros clipped high mean square change".split()  # columns of checks.npy
+
 def describe(waves, spec, tokens, grid):
-    """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, 9) for `examine`."""
+    """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, CHECKS), from a part
+    of the values; 7 has no factor in common with the number of mel bins."""
     some, spec = waves[:, ::7].contiguous(), spec.flatten(1)[:, ::7]
-    maps, bits = tokens.unflatten(1, grid)[..., :32], some.view(torch.int32).long()
+    maps, bits = tokens.unflatten(1, grid)[..., ::8], some.view(torch.int32).long()
     odd = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)
     frames = waves[:, :waves.shape[1] // FFT * FFT].unflatten(1, (-1, FFT))
     frames = frames[:, ::frames.shape[1] // 32 + 1] * torch.hann_window(FFT, device=waves.device)
     power = torch.view_as_real(torch.fft.rfft(frames)).square().sum((1, 3))  # (B, 257)
     return torch.stack([figure.double() for figure in (
-        (bits * odd).sum(1) % 2 ** 48,                # a hash of the audio, exact in float64
+        (bits * odd).sum(1) % 2 ** 48,                # hash of the audio, small enough for float64
         some.abs().amax(1),                           # peak
-        (some.diff().abs() < 1e-6).float().mean(1),   # share of samples equal to the one before
+        (some.diff().abs() < 1e-6).float().mean(1),   # share of values equal to the one before
         (some == 0).float().mean(1),                  # share of zeros
-        (some.abs() > 0.999).float().mean(1),         # share at full scale
-        power[:, 160:].sum(1) / power.sum(1).clamp(1e-20),  # share of the power above 5 kHz
+        (some.abs() > 0.999).float().mean(1),         # share at full scale, all channels mixed
+        power[:, 160:].sum(1) / power[:, 2:].sum(1).clamp(1e-20),  # share of the power above 5 kHz
         spec.mean(1), spec.square().mean(1),          # of the normalized input
-        (maps.amax(1) - maps.amin(1)).amax((1, 2)))], 1)  # largest change over time
+        (maps.amax(1) - maps.amin(1)).amax((1, 2)))], 1)  # largest change of tokens over time
 
-def examine(folder, clips, usual):
-    """Print what looks wrong with the readable clips of a complete dump, and return it: mean and sd
-    of the normalized input (in training 0 and `usual`), {what: clips}. All limits are ours."""
+def examine(folder, clips, train_sd):
+    """Print what looks wrong with the readable clips of a complete dump, and return it: {"input":
+    mean and sd of the normalized input, what: number of clips}. The encoder was trained on a mean
+    of 0 and train_sd. All limits are ours, wide enough for other domains. Raises Stop."""
     checks, cls, state = (np.load(f"{folder}/{name}.npy") for name in ("checks", "cls", "state"))
-    rows = sorted(np.flatnonzero(state == 1), key=lambda row: checks[row, 0])  # copies are adjacent
+    rows = sorted(np.flatnonzero(state == 1), key=lambda row: checks[row, 0])  # copies side by side
+    if not rows:
+        raise Stop(f"{folder}: no clip could be read; see the reasons above")
     audio, peak, flat, zeros, clipped, high, mean, square, change = checks[rows].T
     clips, mean, flat = [clips[row] for row in rows], mean.mean(), flat > 0.99
     sd, same = (square.mean() - mean ** 2) ** 0.5, counts(audio)
+    splits, paths = [clip.split for clip in clips], [clip.path for clip in clips]
     found = {
         "silent: peak below -80 dB": peak < 1e-4,
-        "constant: an offset without sound": flat & (peak >= 1e-4),
+        "constant: an offset without sound": flat & (peak >= 1e-4) & (zeros < 0.5),
         "clipped: over 0.1 % of the samples at full scale": clipped > 1e-3,
         "zeros: over 25 %, padding or gaps": zeros > 0.25,
         "dull: nothing above 5 kHz, from a lower sample rate?": ~flat & (high < 1e-5),
         "tokens that do not change over time": change == 0,
         "tokens of another clip": ~flat & (counts([cls[row].tobytes() for row in rows]) > 1),
         "audio of another clip": ~flat & (same > 1),
-        "audio of another split": ~flat & (same > counts(
-            [(key, clip.split) for key, clip in zip(audio, clips)]))}
-    odd = abs(mean) > 1.5 * usual or not usual / 4 < sd < 2 * usual
-    print(f"{'clips':>8} examined; input: mean {mean:.2f}, sd {sd:.2f}, in training 0 and {usual}"
+        "audio of another split": ~flat & (same > counts(list(zip(audio, splits)))),
+        "recording also in another split": counts(paths) > counts(list(zip(paths, splits)))}
+    odd = abs(mean) > 1.5 * train_sd or not train_sd / 4 < sd < 2 * train_sd
+    print(f"{len(rows):8,} clips; input: mean {mean:.2f}, sd {sd:.2f}, in training 0 and {train_sd}"
           + ("  <- look at this" if odd else ""))
     for text, here in found.items():
-        names = ", ".join(f"{clips[i].path} ({clips[i].split})" for i in np.flatnonzero(here)[:3])
+        names = ", ".join(f"{clips[i].path} ({clips[i].start:g} s, {splits[i]})"
+                          for i in np.flatnonzero(here)[:3])
         print(f"{here.sum():8,} {text}" + (f"  <- look at this: {names}" if names else ""))
     return {"input": [round(float(mean), 3), round(float(sd), 3)],
             **{text.split(":")[0]: int(here.sum()) for text, here in found.items()}}
@@ -903,18 +936,22 @@ def counts(keys):
     times = collections.Counter(keys)
     return np.array([times[key] for key in keys])
 
+
+# ---- command line
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--model", default="logmel", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
+    flag("--model", default="logmel", choices=MODELS, metavar="NAME",
+         help=f"{', '.join(MODELS)} (default logmel)")
     flag("--data", default="demo", metavar="NAME", help="a line of datasets.txt (default demo)")
     flag("--checkpoint", metavar="FILE", help="use these weights (default: the official ones)")
-    flag("--shots-seed", type=int, default=1, metavar="N", help="which few-shot subset of BirdSet")
+    flag("--shots-seed", type=int, default=1, metavar="N", help="seed of BirdSet's few-shot clips")
     flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is one",
          default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--precision", choices=("fp32", "fp16"), help="default: fp16 on cuda, fp32 on cpu")
-    flag("--allow-bad", action="store_true", help="accept any share of missing or unreadable clips")
+    flag("--allow-bad", action="store_true", help="accept more than 1 %% missing or unreadable")
     flag("--overwrite", action="store_true", help="discard an existing dump and start over")
     args = parser.parse_args()
     sets, root, folder = read_datasets(), f"data/{args.data}", f"tokens/{args.data}/{args.model}"
@@ -946,7 +983,8 @@ def main():
         events = read_clips(root, rows, "multi")[3]
     if len(classes) != number or not clips:
         raise Stop(f"{root}: found {len(clips)} clips and {len(classes)} classes, datasets.txt "
-                   f"says {number} ({', '.join(classes[:12])} ...); fix the count or the table")
+                   f"says {number} ({', '.join(classes[:12])} ...); fix the count or the tables; "
+                   f"without manifest.csv, clips are the {' '.join(AUDIO)} files, without classes")
     for path, _ in list(missing)[:3]:
         print(f"missing: {root}/{path}, one of {len(missing):,}", file=sys.stderr)
     most_bad = MAX_BAD * (len(clips) + len(missing)) if classes and not args.allow_bad else math.inf
@@ -971,6 +1009,7 @@ def main():
     state = np.load(f"{folder}/state.npy")
     if state.all():
         print_report(clips, missing, state, classes)
+        meta = json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8"))  # keeps versions
         meta["examined"] = examine(folder, clips, 1 if encoder.family == "dasheng" else 0.5)
         pathlib.Path(folder, f".meta.{RANK}").write_text(json.dumps(meta, indent=1), "utf-8")
         os.replace(f"{folder}/.meta.{RANK}", f"{folder}/meta.json")

@@ -19,6 +19,7 @@ import argparse
 import concurrent.futures
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,26 +38,27 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-# ---- constants: what, unit, source
+# ---- constants: what, unit, and whose choice: [paper], [official code] of it or others, [ours]
 
 EPOCHS = 30         # passes over the training clips [paper]
 BATCH = 128         # clips [paper]
 SEEDS = 5           # runs of a head [paper]
 PROTOTYPES = {"as20k": 10}  # per class, by dataset; 20 for all others [paper]
 GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]; BAT: 1, 0, 0
-DECAY = 1e-4        # weight decay, of matrices only; inside the paper's 1e-5..5e-4 [ours]
+DECAY = 1e-4        # weight decay, of linear layers' weights; in the paper's 1e-5..5e-4 [ours]
+WINDOW = 1.0        # seconds of tokens around a time step, see frames [ours]
 TILE = {"cpu": 2 ** 19, "cuda": 2 ** 24}  # cosines held at once [ours]
 MEMORY = 0.6        # share of a GPU's free memory that resident tokens may take [ours]
 AHEAD = 3           # batches read ahead from the file for a GPU, in as many threads [ours]
 
-# Peak learning rate of the cosine schedule. The paper searches one per head, encoder and dataset
-# (1e-4..7e-3, prototype heads 2e-3..8e-2), not printed. These are fixed [ours]: in those ranges,
-# the best mean valid macro mAP of three sets (conv two, proto one, the demo); see tests/BENCH.md.
+# Peak learning rate of the cosine schedule [ours]. The paper searches one per head, encoder and
+# dataset (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These have the best macro
+# mAP on valid, averaged over three datasets (conv: two); tests/BENCH.md has the tables.
 LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 3e-3, "conv": 1e-3, "linpre": 1e-3,
       "abmilp": 7e-3, "simpool": 7e-3, "ep": 3e-3, "mhca": 3e-3, "proto": 8e-2,
       "protofloat": 5e-3, "protobin": 5e-3}
-LR_K = 5  # protobin, protofloat: at most LR_K / K, but 2e-3 at least: one Adam step changes a logit
-          # by about lr * K * mean score. Chosen at K = 200, 1,000, 4,000, 10,000 [ours]
+LR_K = 5  # protobin, protofloat: the rate is at most LR_K / K, but at least 2e-3, as one Adam step
+          # moves a logit by about lr * K * mean score. Chosen at K = 200 to 10,000 [ours]
 
 
 class Stop(Exception):
@@ -64,9 +66,11 @@ class Stop(Exception):
 
 
 # ---- heads: built as Head(D, C, grid, M); called as head(tokens (B, N, D), cls (B, D)) -> (B, C)
-# evidence(tokens) -> (B, C, N), where a head has it, is what each token added to each class's
-# logit: logits - evidence.sum(-1) is the same for all clips. To copy a head, copy its class and its
-# base classes. To add one: a class, HEADS, LR, and MEANS if it needs only the mean over time.
+#
+# grid is (T, F); cls is None without [cls]. evidence(tokens) -> (B, C, N), where a head has it, is
+# what each token added to each class's logit: logits - evidence.sum(-1) is the same for all clips.
+# To copy a head, copy its class and its base classes. To add one: a class, HEADS, LR, and MEANS if
+# it needs only the mean over time (it then gets (B, F, D)). Heads named proto... get M.
 
 class MaxCos(torch.autograd.Function):
     """tokens (B, N, D), unit p (K, D) -> max_n cos(x_n, p_k) and its n, both (B, K).
@@ -82,8 +86,8 @@ class MaxCos(torch.autograd.Function):
         signs, product = (p.sign().half(), half_product) if half else (p, torch.mm)
         step, tiles = max(1, TILE[tokens.device.type] // (N * K)), []
         for x, norm in zip(tokens.split(step), length.split(step)):
-            tiles.append(product(signs, x.flatten(0, 1).T)                   # (K, b*N), no name:
-                         .div_(norm.flatten()).view(K, -1, N).max(2))        # it is freed at once
+            tiles.append(product(signs, x.flatten(0, 1).T)                   # (K, b*N), without a
+                         .div_(norm.flatten()).view(K, -1, N).max(2))        # name: freed at once
         scores, places = (torch.cat(tile, 1) for tile in zip(*tiles))        # (K, B)
         ctx.save_for_backward(tokens, length, places)
         return (scores * D ** -0.5 if half else scores).T, places.T
@@ -112,14 +116,14 @@ class ProtoBin(nn.Module):
         s_k = max_n cos(x_n, sign(p_k)),  logits = W s + b
 
     sign(0) = 1, its gradient is the identity (straight-through), and normalizing comes after it.
-    K*D + K*C + C parameters. [paper], checked against a co-author's code to 1e-13. At C = 527
-    gradients are so small that Adam's eps halves the prototypes' steps, as in that code."""
+    K*D + K*C + C parameters. [paper], checked against a co-author's code to 1e-13. With 527 classes
+    the gradients come close to Adam's eps, which halves the prototypes' steps; so in that code."""
 
     def __init__(self, D, C, grid=None, M=20):
         super().__init__()
         self.prototypes = nn.Parameter(0.02 * torch.randn(M * C, D))
         self.linear = nn.Linear(M * C, C)
-        self.register_buffer("score_mean", torch.zeros(M * C))  # of the last batches, for evidence
+        self.register_buffer("score_mean", torch.zeros(M * C))  # running mean, for evidence
 
     def unit(self):
         p = self.prototypes
@@ -346,8 +350,9 @@ def default_lr(pool, K):
 def save_head(file, pool, D, C, grid, M, folds):
     """head.pt: sizes and one state dict per fold; protobin's prototypes as bits, 1 for +1."""
     states = {fold: head.cpu().state_dict() for fold, head in folds.items()}
-    for state in states.values() if pool == "protobin" else ():
-        state["prototypes"] = torch.from_numpy(np.packbits(state["prototypes"] >= 0, axis=1))
+    if pool == "protobin":
+        for state in states.values():
+            state["prototypes"] = torch.from_numpy(np.packbits(state["prototypes"] >= 0, axis=1))
     torch.save({"pool": pool, "D": D, "C": C, "grid": grid, "M": M, "folds": states}, file)
 
 def load_head(file, fold=None):
@@ -377,14 +382,15 @@ LOSSES = {"asl": asymmetric_loss, "bce": nn.functional.binary_cross_entropy_with
 
 def batches(source, rows, device, dtype=torch.float32):
     """Yield (rows of a batch, source[rows]), both on the device. source: a tensor there, or a
-    memory-mapped array, for a GPU read ahead by a few threads. Tokens are valid until the next."""
+    memory-mapped array, for a GPU read ahead by a few threads. On a CPU the next batch overwrites
+    the one before."""
     parts, at = rows.split(BATCH), rows.to(device).split(BATCH)
     if device == "cpu":  # memory is reused, as allocating takes 6 times as long as copying
         source = np.asarray(source)
         raw = np.empty((len(parts[0]), *source.shape[1:]), source.dtype)
         out = torch.empty(raw.shape, dtype=dtype)
         for part in parts:
-            np.take(source, part.numpy(), 0, out=raw[:len(part)], mode="clip")
+            np.take(source, part.numpy(), 0, out=raw[:len(part)], mode="clip")  # "raise" copies
             yield part, out[:len(part)].copy_(torch.from_numpy(raw[:len(part)]))
     elif torch.is_tensor(source):
         yield from ((part, source[part].to(dtype)) for part in at)
@@ -399,8 +405,9 @@ def batches(source, rows, device, dtype=torch.float32):
                 jobs[i] = None  # frees its memory
 
 def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
-    """EPOCHS passes of AdamW with cosine decay to zero, no warm-up; keeps the last epoch. Returns
-    (loss of each epoch, seconds per epoch). Raises Stop if the loss is not finite."""
+    """EPOCHS passes of AdamW with cosine decay to zero, no warm-up; keeps the last epoch. rows of
+    source (clips, N, D), cls (clips, D) or None and labels (clips, C) are trained on. Returns (loss
+    of each epoch, seconds per epoch). Raises Stop if the loss is not finite."""
     lr, decay, losses, begin = settings["lr"], settings["weight_decay"], [], time.time()
     decayed = {key: key.endswith("weight") and p.ndim == 2 for key, p in head.named_parameters()}
     groups = [{"params": [p for key, p in head.named_parameters() if decayed[key] == yes],
@@ -408,7 +415,7 @@ def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
     optimizer = torch.optim.AdamW(groups, lr, getattr(head, "betas", (0.9, 0.999)), fused=True)
     shuffle = torch.Generator().manual_seed(settings["seed"])
     steps, step = EPOCHS * math.ceil(len(rows) / BATCH), 0
-    for _ in tqdm(range(EPOCHS), settings.get("pool"), leave=False, mininterval=5):
+    for _ in tqdm(range(EPOCHS), settings.get("pool"), leave=False, disable=None):
         total, order = 0, rows[torch.randperm(len(rows), generator=shuffle)]
         for at, tokens in batches(source, order, labels.device.type, dtype):
             logits = head(tokens, None if cls is None else cls[at])
@@ -426,14 +433,16 @@ def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
     return losses, (time.time() - begin) / EPOCHS
 
 def frames(head, meta, tokens):
-    """(B, T, C): the head's logits on about 1 s of tokens around each step, fewer at the edges."""
+    """(B, T, C): the head's logits on the tokens of WINDOW around each step, fewer at the edges of
+    a clip."""
     maps = tokens.unflatten(1, tuple(meta["grid"]))                          # (B, T, F, D)
-    side = round((1 / meta.get("token_seconds", 1) - 1) / 2)  # steps before and after
+    side = round((WINDOW / meta["token_seconds"] - 1) / 2)  # steps before and after
     return torch.stack([head(maps[:, max(0, t - side):t + side + 1].flatten(1, 2))
                         for t in range(maps.shape[1])], 1)
 
 def run(work, settings, dump, source, kinds):
-    """Train a head on every fold, test each clip once, and write the files of a run into `work`.
+    """Train a head on every fold, test each clip once, and write the files of a run into `work`,
+    of kinds logits, evidence, frames. source: tokens, or their means (clips, F, D) for MEANS.
     Returns what run.json says. Raises Stop for numbers that are not finite."""
     pool, device = settings["pool"], dump.device
     (_, N, D), C, (T, F) = dump.tokens.shape, dump.labels.shape[1], dump.meta["grid"]
@@ -489,67 +498,83 @@ def run_exists(folder, settings, kinds):
 
 # ---- a trained head on other recordings
 
-def apply_head(file, dump, threshold):
-    """Score all readable clips of a dump with the head in `file` (folds: by their mean logit) into
-    applied/<data>/<model>/<pool>/: scores.csv, and events as label tracks. An event is a run of
-    time steps, also across clips, whose probability is above the threshold: that of frames, or of
-    the clip for a head that reads [cls]. Raises Stop for dumps of other encoders."""
+def apply_head(file, dump, threshold, overwrite):
+    """Score all readable clips of a dump with the head in `file` (the logits of several folds are
+    averaged) into applied/<data>/<model>/<pool>/: scores.csv, and label tracks of when each class
+    is above the threshold, by frames, or by whole clips for a head that reads [cls]. Raises Stop
+    for a dump of another encoder."""
     try:
         info = json.loads(pathlib.Path(file).with_name("run.json").read_text("utf-8"))
         heads = [load_head(file, fold).to(dump.device) for fold in info["losses"]]
-        step, seconds, (T, _) = (dump.meta[key] for key in ("token_seconds", "seconds", "grid"))
-        edges = [t * step for t in range(T) if t * step < seconds] + [seconds]   # of the steps
-        was, now = [(m.get("model"), (m.get("checkpoint") or {}).get("sha256"), m["grid"][1], D)
-                    for m, D in ((info["dump"], info["dim"]), (dump.meta, dump.tokens.shape[2]))]
-        if was != now:
-            raise ValueError(f"trained on {was}, these are {now}")
+        seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
+        edges = [t * step for t in range(T) if t * step < seconds] + [seconds]  # of the steps
+        was, now = [{"model": meta.get("model"), "F": meta["grid"][1], "D": D,
+                     "checkpoint": (meta.get("checkpoint") or {}).get("sha256")} for meta, D in
+                    ((info["dump"], info["dim"]), (dump.meta, dump.tokens.shape[2]))]
+        differ = [f"{key} {was[key]}, here {now[key]}" for key in was if was[key] != now[key]]
+        if differ:
+            raise ValueError("trained on " + "; ".join(differ))
     except Exception as e:  # torch and json have their own errors for damaged files
-        raise Stop(f"{file} cannot be applied to tokens/{dump.name} ({e!r}); it needs its run.json "
-                   f"and tokens of the same encoder (model, sha256 of the checkpoint, F, D)")
-    def head(tokens, cls=None):
-        return torch.stack([fold(tokens, cls) for fold in heads]).mean(0)
-    chance = torch.sigmoid if info["dump"]["task"] == "multi" else nn.Softmax(-1)
-    framed = dump.cls is None or hasattr(heads[0], "evidence")
-    readable = [row for row, split in enumerate(dump.splits) if split is not None]
-    order = torch.tensor(sorted(readable, key=dump.clips.__getitem__))
-    tracks, latest, out = {}, {}, f"applied/{dump.name}/{info['pool']}"
-    shutil.rmtree(work := out + ".new", ignore_errors=True)
-    for kind in ("audacity", "raven"):
-        os.makedirs(f"{work}/{kind}")
-    with open(f"{work}/scores.csv", "w", newline="", encoding="utf-8") as f, torch.no_grad():
+        raise Stop(f"{file} cannot be applied to tokens/{dump.name} ({e!r}); give the head.pt of a "
+                   f"run, with its run.json, and tokens of the encoder that it was trained on")
+    out = f"applied/{dump.name}/{info['pool']}"
+    if os.path.exists(out) and not overwrite:
+        raise Stop(f"{out} already exists; --overwrite replaces it, with any labels you corrected")
+    shutil.rmtree(out + ".new", ignore_errors=True)
+    os.makedirs(out + ".new")
+    with open(f"{out}.new/scores.csv", "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(["path", "start", "end", *info["classes"]])
-        for at, tokens in batches(dump.tokens, order, dump.device):
-            logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
-            steps = frames(head, dump.meta, tokens) if framed else logits[:, None].expand(-1, T, -1)
-            scores, steps = chance(logits).cpu(), chance(steps).cpu()        # steps: (B, T, C)
-            for i, row in enumerate(at.tolist()):
-                path, start = dump.clips[row]
-                table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores[i])])
-                events = tracks.setdefault(path, [])
-                for t, j in (steps[i, :len(edges) - 1] > threshold).nonzero().tolist():
-                    event, onset = latest.get((path, j)), start + edges[t]
-                    if not event or onset > event[1] + 1e-3:  # a new one
-                        event = latest[path, j] = [onset, 0, info["classes"][j], 0]
-                        events.append(event)
-                    event[1] = max(event[1], start + edges[t + 1])
-                    event[3] = max(event[3], steps[i, t, j].item())
-    for path, events in tracks.items():
-        write_tracks(work, path.replace("/", "_"), events)
+        clips = apply_to_clips(heads, dump, info["dump"]["task"])
+        for path, recording in itertools.groupby(clips, key=lambda clip: clip[0]):
+            active = []
+            for _, start, scores, steps in recording:
+                table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores)])
+                for t, j in (steps[:len(edges) - 1] > threshold).nonzero().tolist():
+                    active.append((start + edges[t], start + edges[t + 1], info["classes"][j],
+                                   steps[t, j].item()))
+            write_tracks(out + ".new", path, active)
     shutil.rmtree(out, ignore_errors=True)
-    os.rename(work, out)
-    print(f"{out}: {len(order):,} clips of {len(tracks):,} recordings, "
-          f"{sum(map(len, tracks.values())):,} events above {threshold:g}")
+    os.rename(out + ".new", out)
+    print(out)
 
-def write_tracks(folder, name, events):
-    """Events [onset, offset, label, probability] as audacity/<name>.txt and raven/<name>.txt."""
-    audacity = [f"{on:.3f}\t{off:.3f}\t{label} {p:.2f}\n" for on, off, label, p in events]
-    raven = ["Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\t"
-             "Low Freq (Hz)\tHigh Freq (Hz)\tLabel\tProbability\n"]
-    raven += [f"{i}\tSpectrogram 1\t1\t{on:.3f}\t{off:.3f}\t0\t8000\t{label}\t{p:.2f}\n"
-              for i, (on, off, label, p) in enumerate(events, 1)]
-    pathlib.Path(folder, "audacity", f"{name}.txt").write_text("".join(audacity), "utf-8")
-    pathlib.Path(folder, "raven", f"{name}.txt").write_text("".join(raven), "utf-8")
+def apply_to_clips(heads, dump, task):
+    """Yield path, start, probabilities (C,), and those of each time step (T, C), of each readable
+    clip, ordered by path and start."""
+    def head(tokens, cls=None):
+        return torch.stack([one(tokens, cls) for one in heads]).mean(0)
+    probability = torch.sigmoid if task == "multi" else nn.Softmax(-1)
+    framed = dump.cls is None or hasattr(heads[0], "evidence")
+    rows = [row for row, split in enumerate(dump.splits) if split is not None]
+    rows = torch.tensor(sorted(rows, key=dump.clips.__getitem__))
+    for at, tokens in batches(dump.tokens, rows, dump.device):
+        with torch.no_grad():
+            logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
+            steps = frames(head, dump.meta, tokens) if framed else logits[:, None].expand(
+                -1, dump.meta["grid"][0], -1)                                # (B, T, C)
+        for row, *scores in zip(at.tolist(), probability(logits).cpu(), probability(steps).cpu()):
+            yield *dump.clips[row], *scores
+
+def write_tracks(folder, path, active):
+    """Join the active steps (onset, offset, label, probability) of a recording, where they touch or
+    overlap, to events, and write these as audacity/<path>.txt and raven/<path>.txt."""
+    events, latest = [], {}
+    for onset, offset, label, p in sorted(active):
+        event = latest.get(label)
+        if not event or onset > event[1] + 1e-3:
+            event = latest[label] = [onset, offset, label, p]
+            events.append(event)
+        event[1], event[3] = max(event[1], offset), max(event[3], p)
+    audacity, raven = [], ["Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\t"
+                           "Low Freq (Hz)\tHigh Freq (Hz)\tLabel\tProbability\n"]
+    for i, (onset, offset, label, p) in enumerate(events, 1):
+        times = f"{onset:.3f}\t{offset:.3f}"
+        audacity.append(f"{times}\t{label} {p:.2f}\n")
+        raven.append(f"{i}\tSpectrogram 1\t1\t{times}\t0\t8000\t{label}\t{p:.2f}\n")
+    for kind, lines in (("audacity", audacity), ("raven", raven)):
+        track = pathlib.Path(f"{folder}/{kind}/{path.replace('..', '_')}.txt")
+        track.parent.mkdir(parents=True, exist_ok=True)
+        track.write_text("".join(lines), "utf-8")
 
 
 # ---- the dump
@@ -564,7 +589,7 @@ def open_dump(data, model, device):
     folder = max(found, key=os.path.getmtime).parent
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        # "c": never written to, but torch warns of arrays that cannot be
+        # "c": nothing is written, but torch warns about read-only arrays
         arrays = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
         tokens, labels, cls = arrays["tokens"], arrays["labels"], arrays.get("cls")
         table = list(csv.DictReader((folder / "clips.csv").read_text("utf-8").split("\n")))
@@ -577,10 +602,13 @@ def open_dump(data, model, device):
                   sizes.items() if name in arrays and arrays[name].shape != shape]
         rules = {
             "tokens.npy must be float16": tokens.dtype == np.float16,
-            "labels.npy must be 0 or 1": np.isin(labels, (0, 1)).all(),
+            "labels.npy must be 0 or 1, as integers":
+                labels.dtype.kind in "bui" and np.isin(labels, (0, 1)).all(),
+            "each row of clips.csv needs a split": all(splits),
             "task must be multi, or single with one class per clip":
                 task == "multi" or task == "single" and (labels.sum(1) == 1).all(),
-            "extract.py is not done, or no clip is readable": state.all() and (state != 2).any()}
+            "extract.py is not done, run it again": state.all(),
+            "no clip is readable": (state != 2).any()}
         broken += [rule for rule, kept in rules.items() if not kept]
     except Exception as e:  # numpy, csv and json have their own errors for damaged files
         broken = [f"{type(e).__name__}: {e}"]
@@ -590,7 +618,7 @@ def open_dump(data, model, device):
     labels_md5 = hashlib.md5(labels.tobytes() + "\n".join(splits).encode())
     tokens_md5 = hashlib.md5(b"".join(array[i].tobytes() for array in (tokens, cls)
                                       if array is not None for i in (0, n // 2, -1)))
-    has_cls = cls is not None and meta.get("cls") != "mean"  # means are taken again, in float32
+    has_cls = cls is not None and meta.get("cls") != "mean"  # heads compute the mean in float32
     return SimpleNamespace(
         data=folder.parts[1], name="/".join(folder.parts[1:]), device=device, meta=meta,
         tokens=tokens, classes=classes, clips=clips, splits=np.where(state == 2, None, splits),
@@ -609,7 +637,7 @@ def make_folds(splits, valid):
         trained = tested = sorted(found)
     else:
         raise Stop(f"clips.csv has readable clips in the splits {' '.join(sorted(found))}; needed "
-                   f"are train and test (train and valid for --valid), or folds of other names")
+                   f"are train and test (--valid: train and valid), or folds of other names")
     masks = {fold: (np.isin(splits, trained) & (splits != fold), splits == fold) for fold in tested}
     return {fold: [torch.tensor(np.flatnonzero(mask)) for mask in masks[fold]] for fold in tested}
 
@@ -624,7 +652,7 @@ def main():
     flag("--evidence", action="store_true", help="also write what each token added to each logit")
     flag("--frames", action="store_true", help="also write the logits around each time step")
     flag("--apply", metavar="HEAD.PT", help="score a dump with a trained head, into applied/")
-    flag("--threshold", type=float, default=0.5, help="of --apply's events (default 0.5)")
+    flag("--threshold", type=float, default=0.5, help="of events, with --apply (default 0.5)")
     flag("--valid", action="store_true", help="train on train, test on valid, below runs_valid/")
     flag("--lr", type=float, default=0, help="peak learning rate (default: per head)")
     flag("--decay", type=float, default=DECAY, help=f"weight decay (default {DECAY:g})")
@@ -633,7 +661,7 @@ def main():
     flag("--runs", metavar="DIR", help="default runs, with --valid runs_valid")
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     flag("--device", choices=devices, default=devices[0], help="default: cuda if there is one")
-    flag("--overwrite", action="store_true", help="replace existing runs")
+    flag("--overwrite", action="store_true", help="replace existing runs, or scores of --apply")
     args = parser.parse_args()
     pools = list(HEADS) if args.pool == "all" else args.pool.split(",")
     if not set(pools) <= set(HEADS):
@@ -643,11 +671,15 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in conv too
     dump = open_dump(args.data, args.model, args.device)
     if args.apply:
-        return apply_head(args.apply, dump, args.threshold)
+        return apply_head(args.apply, dump, args.threshold, args.overwrite)
+    if not dump.classes:
+        raise Stop(f"tokens/{dump.name} has no labels to train on; --apply scores it")
     dump.folds, tokens, C = make_folds(dump.splits, args.valid), dump.tokens, dump.labels.shape[1]
     blind = [pool for pool in pools if not hasattr(HEADS[pool], "evidence")]
     if blind and (args.evidence or args.frames and dump.cls is not None):
         raise Stop(f"{blind[0]} has no evidence, and no frames if it reads [cls]: drop the flags")
+    if args.frames and not dump.meta.get("token_seconds"):
+        raise Stop(f"--frames needs token_seconds, of a time step, in tokens/{dump.name}/meta.json")
     print(f"tokens/{dump.name}: (clips, N, D) = {tokens.shape}, {C} classes, {dump.meta['task']}; "
           + ", ".join(f"{len(a):,} -> {len(b):,} ({s})" for s, (a, b) in dump.folds.items()))
     if args.device == "cuda" and tokens.nbytes <= MEMORY * torch.cuda.mem_get_info()[0]:
@@ -655,7 +687,6 @@ def main():
     if MEANS & set(pools):  # then means: (clips, F, D)
         means = torch.cat([part.unflatten(1, tuple(dump.meta["grid"])).mean(1) for _, part in
                            batches(tokens, torch.arange(len(tokens)), args.device)])
-    kinds = ["logits", *(kind for kind in ("evidence", "frames") if getattr(args, kind))]
     root, failed = args.runs or ("runs_valid" if args.valid else "runs"), []
     for pool, seed in [(pool, seed) for pool in pools for seed in range(args.seeds)]:
         M = (args.prototypes or PROTOTYPES.get(dump.data, 20)) if "proto" in pool else None
@@ -666,11 +697,13 @@ def main():
                     "tokens_md5": dump.tokens_md5, "labels_md5": dump.labels_md5}
         out = f"{root}/{dump.name}/{pool}/seed{seed}"
         work = f"{root}/{dump.name}/{pool}/.seed{seed}.{os.getpid()}"
+        kinds = ["logits", *(kind for kind in ("evidence", "frames")  # also those it had before
+                             if getattr(args, kind) or os.path.exists(f"{out}/{kind}.npy"))]
         try:
             if not args.overwrite and run_exists(out, settings, kinds):
-                print(f"{out} already exists")
+                print(f"{out} already exists; --overwrite replaces it")
                 continue
-            shutil.rmtree(work, ignore_errors=True)  # left by a killed process
+            shutil.rmtree(work, ignore_errors=True)  # of a killed process with the same number
             os.makedirs(work)
             info = run(work, settings, dump, means if pool in MEANS else tokens, kinds)
             shutil.rmtree(out, ignore_errors=True)

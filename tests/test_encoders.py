@@ -171,6 +171,7 @@ def test_checkpoint_layouts(model, inside, prefix, renamed):
 
 @pytest.mark.parametrize("model, family, change, keyword", [
     ("eat", "beats", {}, "checkpoint of eat"), ("beats", "eat", {}, "checkpoint of beats"),
+    ("eat", "amae", {}, "extra_tokens"), ("amae", "eat", {}, "extra_tokens"),
     ("amae", "amae", {"norm.bias": None}, "norm.bias"), ("amae+", "amae", {}, "norm.bias"),
     ("eat", "eat", {"odd": torch.ones(3)}, "odd"), ("eat", "eat", {"odd": os.mkdir}, "be read"),
     ("eat", "eat", {"model.pre_norm.weight": torch.ones(3)}, "norm.weight"),

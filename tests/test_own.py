@@ -62,10 +62,14 @@ def test_windows_cover_every_recording(folder):
     assert np.array_equal(windows[3:7], parts)
 
 def test_folders_that_are_refused(folder):
-    refused(script("extract.py", "--data", "mine"), "data/mine", "0 clips")
+    refused(script("extract.py", "--data", "mine"), "data/mine", "0 clips", ".mp3")
+    (folder / "a.wav").write_bytes(b"RIFF")
+    refused(script("extract.py", "--data", "mine"), "tokens/mine/logmel", "no clip")
     soundfile.write(folder / "a.wav", sound(0), RATE)
     extracted()
-    refused(script("probe.py", "--data", "mine"), "splits test")
+    with mock.patch.object(soundfile, "info", return_value=mock.Mock(duration=2.0 ** 63 / RATE)):
+        refused(script("extract.py", "--data", "mine"), "a.wav", "how long")
+    refused(script("probe.py", "--data", "mine"), "--apply")
     pathlib.Path("datasets.txt").write_text("mine multi 1 3\n")
     refused(script("extract.py", "--data", "mine"), "data/mine", "says 3")
 
@@ -76,9 +80,9 @@ def resampled_from_8_khz(x):
 
 @pytest.mark.parametrize("rows, change, words", [
     ([], None, []),
-    (range(40), lambda x: x / 1000, ["examined", "zeros"]),
-    (range(40), lambda x: np.clip(30 * x, -1, 1), ["examined", "clipped"]),
-    (range(40), lambda x: 0 * x + 0.3, ["examined", "constant", "tokens"]),
+    (range(40), lambda x: x / 1000, ["clips", "zeros"]),
+    (range(40), lambda x: np.clip(30 * x, -1, 1), ["clips", "clipped"]),
+    (range(40), lambda x: 0 * x + 0.3, ["clips", "constant", "tokens"]),
     (range(40), resampled_from_8_khz, ["dull"]),
     (range(40), lambda x: x * (np.arange(RATE) < 11000), ["zeros"]),
     (range(40), lambda x: x[:11000], ["zeros"]),
@@ -95,8 +99,15 @@ def test_faults_of_the_input_are_named(rows, change, words, folder):
     assert found(report) == words
     meta = json.loads(pathlib.Path("tokens/mine/logmel/meta.json").read_text())
     assert sum(n > 0 for n in list(meta["examined"].values())[1:]) == len(words) - (
-        "examined" in words)
-    assert ("0.wav (train), 39.wav (test)" in report) == (list(rows) == [39])
+        "clips" in words)
+    assert ("0.wav (0 s, train), 39.wav (0 s, test)" in report) == (list(rows) == [39])
+
+def test_recordings_and_padded_clips_are_named(folder):
+    soundfile.write(folder / "a.wav", sound(0, 2.05), RATE)
+    write_table(folder / "manifest.csv", "path,start,split,labels",
+                [("a.wav", 0, "train", ""), ("a.wav", 1, "test ", ""), ("a.wav", 2, "test", "")])
+    report = extracted()
+    assert found(report) == ["zeros", "recording"] and "a.wav (2 s, test)" in report
 
 def test_examination_survives_a_stop(folder):
     for i in range(20):
@@ -136,9 +147,9 @@ def applied(file, *args):
     rows = {(path, float(start)): scores for path, start, _, *scores in rows}
     tracks = {}
     for i in range(30):
-        lines = [line.split("\t") for line in (out / f"audacity/s_{i}.wav.txt").open()]
+        lines = [line.split("\t") for line in (out / f"audacity/s/{i}.wav.txt").open()]
         tracks[i] = [(onset, offset, label.split()[0]) for onset, offset, label in lines]
-        header, *raven = [line.split("\t") for line in (out / f"raven/s_{i}.wav.txt").open()]
+        header, *raven = [line.split("\t") for line in (out / f"raven/s/{i}.wav.txt").open()]
         assert header[3:5] == ["Begin Time (s)", "End Time (s)"]
         assert [(*row[3:5], row[7]) for row in raven] == tracks[i]
     return np.array([rows[f"s/{i % 30}.wav", i // 30] for i in range(90)], float), tracks
@@ -158,6 +169,8 @@ def test_scores_are_those_of_the_run(pool, task):
     logits = torch.from_numpy(logits)
     want = logits.sigmoid() if task == "multi" else logits.softmax(1)
     assert np.allclose(applied(file)[0][rows], want, atol=1e-5)
+    refused(script("probe.py", "--data", "field", "--apply", file), "field/m", "--overwrite")
+    assert np.allclose(applied(file, "--overwrite")[0][rows], want, atol=1e-5)
 
 def test_folds_are_averaged():
     file, tokens = trained(folds=True), torch.from_numpy(np.load(FIELD / "tokens.npy")).float()
@@ -177,6 +190,13 @@ def test_events_are_runs_of_steps_across_clips():
         assert len(track) == len(set(track)) and track == sorted(track, key=lambda e: float(e[0]))
     assert sum(float(onset) % 1 + float(offset) - float(onset) > 1.001
                for track in tracks.values() for onset, offset, _ in track) > 3, "none is across"
+
+def test_tracks_of_overlapping_clips():
+    active = [(0, 1, "a", 0.6), (4, 5, "a", 0.7), (2.5, 3.5, "a", 0.9), (3, 4, "b", 0.5),
+              (3, 3.25, "a", 0.8), (3.5, 4, "b", 0.9)]
+    probe.write_tracks("out", "../x.wav", active)
+    assert pathlib.Path("out/audacity/_/x.wav.txt").read_text() == (
+        "0.000\t1.000\ta 0.60\n2.500\t3.500\ta 0.90\n3.000\t4.000\tb 0.90\n4.000\t5.000\ta 0.70\n")
 
 def test_head_that_reads_cls_has_events_of_whole_clips():
     scores, tracks = applied(trained("linear", cls=planted(90)[0][:, 0]))

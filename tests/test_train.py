@@ -62,7 +62,8 @@ def test_training_equals_plain_adamw_with_a_cosine(pool, decayed):
 @pytest.mark.parametrize("pool", ("linear", "mlp", "mean", "linearc", "linpre"))
 def test_training_on_means_equals_training_on_all_tokens(pool, given):
     array = None if given == "no cls.npy" else CLS
-    damage(write_dump("tokens/d/m", *PLAIN, array, grid=[4, 3]) / "meta.json", {"cls": given})
+    damage(write_dump("tokens/d/m", *PLAIN, array, grid=[4, 3], token_seconds=1) / "meta.json",
+           {"cls": given})
     flags = [] if given == "cls" else ["--frames"]  # allowed where a head reads no [cls]
     made("--seeds", 2, *flags, pool=pool)
     logits, x = np.load(folder(pool, 1) / "logits.npy"), torch.from_numpy(HALF).float()
@@ -115,7 +116,8 @@ def test_every_head_scores_chance_on_permuted_labels():
 @pytest.mark.parametrize("pool", ("protobin", "linpre", "simpool"))
 def test_files_of_a_run(pool):
     write_dump("tokens/d/m", *PLAIN, cls=CLS, grid=[4, 3], token_seconds=0.3)
-    made("--evidence", "--frames", pool=pool)
+    made("--evidence", pool=pool)
+    made("--frames", pool=pool)  # and keeps evidence
     found = {path.stem: np.load(path) for path in folder(pool).glob("*.npy")}
     assert {name: (str(a.dtype), a.shape) for name, a in found.items()} == {
         "logits": ("float32", (30, 4)), "rows": ("int64", (30,)),
