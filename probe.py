@@ -534,6 +534,8 @@ def apply_head(file, dump, threshold, overwrite):
                     active.append((start + edges[t], start + edges[t + 1], info["classes"][j],
                                    steps[t, j].item()))
             write_tracks(out + ".new", path, active)
+    pathlib.Path(out + ".new", "applied.json").write_text(json.dumps(
+        {"head": file, "threshold": threshold, "run": info, "dump": dump.meta}, indent=1), "utf-8")
     shutil.rmtree(out, ignore_errors=True)
     os.rename(out + ".new", out)
     print(out)

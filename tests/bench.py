@@ -118,7 +118,7 @@ def bench_extract(B=extract.BLOCK[DEVICE], seconds=10.0, rounds=5, clips=12800 i
         into, out = waves.nbytes / times[0] / 1e9, back.nbytes / times[1] / 1e9
         print(f"copies alone: {into:.1f} GB/s in, {out:.1f} out, {B / sum(times):.0f} clips/s")
     read = functools.partial(extract.read_block, ".", table, seconds, False, range(40))
-    resample = functools.partial(extract.resampler(44100, extract.RATE), torch.randn(round(seconds * 44100)))
+    resample = functools.partial(extract.resampler(44100, 16000), torch.randn(int(seconds * 44100)))
     with ThreadPoolExecutor(1, "reader", extract.one_core, (DEVICE,)) as reader:
         whole, part = reader.submit(clock, read, resample, rounds=rounds).result()
         held = np.median([interpreter_time(reader, read) for _ in range(rounds)])
