@@ -881,8 +881,8 @@ CHECKS = "audio peak flat zeros clipped high mean square change".split()  # colu
 
 def describe(waves, spec, tokens, grid):
     """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, CHECKS), from a part
-    of the values; 7 has no factor in common with the number of mel bins."""
-    some, spec = waves[:, ::7].contiguous(), spec.flatten(1)[:, ::7]
+    of the values; 15 has no factor in common with the number of mel bins."""
+    some, spec = waves[:, ::15].contiguous(), spec.flatten(1)[:, ::15]
     maps, bits = tokens.unflatten(1, grid)[..., ::8], some.view(torch.int32).long()
     odd = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)
     frames = waves[:, :waves.shape[1] // FFT * FFT].unflatten(1, (-1, FFT))
