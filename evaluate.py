@@ -376,16 +376,17 @@ def localize_table(heads, valid_heads):
     the same head, the one with the best F1 there."""
     table, best = {}, {}  # best: {(dump, row): (C,) indices into THRESHOLDS}
     for head, tuning in [(head, True) for head in valid_heads] + [(head, False) for head in heads]:
-        if not os.path.exists(f"{head.runs[0].folder}/frames.npy") or not os.path.exists(
-                f"{head.dump.folder}/events.csv"):
+        runs = [run for run in head.runs if os.path.exists(f"{run.folder}/frames.npy")
+                and (run.info.get("split") == "valid" or not tuning)]
+        if not runs or not os.path.exists(f"{head.dump.folder}/events.csv"):
             continue
         frames, segments, average = read_truth(head)
         (n, steps, C), T = frames.shape, head.dump.meta["grid"][0]
         scores_of = {
             "random": [np.random.default_rng(0).standard_normal(frames.shape)],
             head.pool: [read(f"{run.folder}/frames.npy", "f", (n, T, C))[run.order, :steps]
-                        .astype(np.float32) for run in head.runs],
-            f"{head.pool}, clip logit": [run.logits[:, None].repeat(steps, 1) for run in head.runs]}
+                        .astype(np.float32) for run in runs],
+            f"{head.pool}, clip logit": [run.logits[:, None].repeat(steps, 1) for run in runs]}
         for name, seeds in scores_of.items():
             f1 = np.mean([event_f1(frames, scores) for scores in seeds], 0)  # (thresholds, C)
             if tuning:
@@ -476,7 +477,7 @@ def main():
         return show_clip(heads, args.show, args.pool or "protobin")
     print_table(compare_table(heads, *args.compare) if args.compare else
                 class_table(heads) if args.classes else
-                localize_table(heads, read_heads(f"{args.runs}_valid", *wanted))
+                localize_table(heads, read_heads(f"{args.runs.rstrip('/')}_valid", *wanted))
                 if args.localize else score_table(heads), args.format)
 
 

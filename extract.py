@@ -514,6 +514,8 @@ def recordings(root, seconds):
                 length = soundfile.info(os.path.join(root, path)).duration
             except RuntimeError:  # read_wave will say why
                 length = 0
+            except UnicodeEncodeError:
+                raise Stop(f"{root}: the name {ascii(path)} is not UTF-8; rename the file")
             if length > 1e9:  # how libsndfile reports an unknown length
                 raise Stop(f"{root}/{path} does not say how long it is; encode it again")
             for i in range(max(1, math.ceil(length / seconds - 1e-3))):  # drops 0.1 % of a clip
@@ -881,8 +883,8 @@ CHECKS = "audio peak flat zeros clipped high mean square change".split()  # colu
 
 def describe(waves, spec, tokens, grid):
     """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, CHECKS), from a part
-    of the values; 15 has no factor in common with the number of mel bins."""
-    some, spec = waves[:, ::15].contiguous(), spec.flatten(1)[:, ::15]
+    of the values; 17 has no factor in common with mel bins and the periods of pure tones."""
+    some, spec = waves[:, ::17].contiguous(), spec.flatten(1)[:, ::17]
     maps, bits = tokens.unflatten(1, grid)[..., ::8], some.view(torch.int32).long()
     odd = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)
     frames = waves[:, :waves.shape[1] // FFT * FFT].unflatten(1, (-1, FFT))
@@ -896,7 +898,8 @@ def describe(waves, spec, tokens, grid):
         (some.abs() > 0.999).float().mean(1),         # share at full scale, all channels mixed
         power[:, 160:].sum(1) / power[:, 2:].sum(1).clamp(1e-20),  # share of the power above 5 kHz
         spec.mean(1), spec.square().mean(1),          # of the normalized input
-        (maps.amax(1) - maps.amin(1)).amax((1, 2)))], 1)  # largest change of tokens over time
+        # largest change of tokens over time; more than 0 if there is only one time step
+        (maps.amax(1) - maps.amin(1)).amax((1, 2)) + (grid[0] == 1))], 1)
 
 def examine(folder, clips, train_sd):
     """Print what looks wrong with the readable clips of a complete dump, and return it: {"input":

@@ -506,39 +506,43 @@ def apply_head(file, dump, threshold, overwrite):
     try:
         info = json.loads(pathlib.Path(file).with_name("run.json").read_text("utf-8"))
         heads = [load_head(file, fold).to(dump.device) for fold in info["losses"]]
+        pool, classes, task = info["pool"], info["classes"], info["dump"]["task"]
         seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
+        if not (step > 0 and seconds > 0):
+            raise ValueError("seconds and token_seconds in meta.json must be above 0")
         edges = [t * step for t in range(T) if t * step < seconds] + [seconds]  # of the steps
-        was, now = [{"model": meta.get("model"), "F": meta["grid"][1], "D": D,
+        was, now = [{"model": meta["model"], "cls": meta["cls"], "F": meta["grid"][1], "D": D,
                      "checkpoint": (meta.get("checkpoint") or {}).get("sha256")} for meta, D in
                     ((info["dump"], info["dim"]), (dump.meta, dump.tokens.shape[2]))]
         differ = [f"{key} {was[key]}, here {now[key]}" for key in was if was[key] != now[key]]
         if differ:
             raise ValueError("trained on " + "; ".join(differ))
     except Exception as e:  # torch and json have their own errors for damaged files
-        raise Stop(f"{file} cannot be applied to tokens/{dump.name} ({e!r}); give the head.pt of a "
-                   f"run, with its run.json, and tokens of the encoder that it was trained on")
-    out = f"applied/{dump.name}/{info['pool']}"
+        raise Stop(f"{file} cannot be applied to tokens/{dump.name} ({type(e).__name__}: "
+                   f"{str(e).split('. ')[0][:160]}); give the head.pt of a run, with its run.json, "
+                   f"and tokens of the encoder that it was trained on")
+    out = f"applied/{dump.name}/{pool}"
     if os.path.exists(out) and not overwrite:
         raise Stop(f"{out} already exists; --overwrite replaces it, with any labels you corrected")
     shutil.rmtree(out + ".new", ignore_errors=True)
     os.makedirs(out + ".new")
     with open(f"{out}.new/scores.csv", "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f, lineterminator="\n")
-        table.writerow(["path", "start", "end", *info["classes"]])
-        clips = apply_to_clips(heads, dump, info["dump"]["task"])
+        table.writerow(["path", "start", "end", *classes])
+        clips = apply_to_clips(heads, dump, task)
         for path, recording in itertools.groupby(clips, key=lambda clip: clip[0]):
             active = []
             for _, start, scores, steps in recording:
                 table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores)])
                 for t, j in (steps[:len(edges) - 1] > threshold).nonzero().tolist():
-                    active.append((start + edges[t], start + edges[t + 1], info["classes"][j],
+                    active.append((start + edges[t], start + edges[t + 1], classes[j],
                                    steps[t, j].item()))
             write_tracks(out + ".new", path, active)
     pathlib.Path(out + ".new", "applied.json").write_text(json.dumps(
         {"head": file, "threshold": threshold, "run": info, "dump": dump.meta}, indent=1), "utf-8")
     shutil.rmtree(out, ignore_errors=True)
     os.rename(out + ".new", out)
-    print(out)
+    print(f"{out}; {sum(split is None for split in dump.splits)} unreadable clips are left out")
 
 def apply_to_clips(heads, dump, task):
     """Yield path, start, probabilities (C,), and those of each time step (T, C), of each readable
@@ -574,7 +578,7 @@ def write_tracks(folder, path, active):
         audacity.append(f"{times}\t{label} {p:.2f}\n")
         raven.append(f"{i}\tSpectrogram 1\t1\t{times}\t0\t8000\t{label}\t{p:.2f}\n")
     for kind, lines in (("audacity", audacity), ("raven", raven)):
-        track = pathlib.Path(f"{folder}/{kind}/{path.replace('..', '_')}.txt")
+        track = pathlib.Path(f"{folder}/{kind}/{path.replace('../', '_/')}.txt")
         track.parent.mkdir(parents=True, exist_ok=True)
         track.write_text("".join(lines), "utf-8")
 
@@ -594,7 +598,8 @@ def open_dump(data, model, device):
         # "c": nothing is written, but torch warns about read-only arrays
         arrays = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
         tokens, labels, cls = arrays["tokens"], arrays["labels"], arrays.get("cls")
-        table = list(csv.DictReader((folder / "clips.csv").read_text("utf-8").split("\n")))
+        with open(folder / "clips.csv", newline="", encoding="utf-8") as f:
+            table = list(csv.DictReader(f))
         splits, n, D = [clip["split"] for clip in table], len(table), tokens.shape[-1]
         clips = [(clip["path"], float(clip["start"])) for clip in table]
         classes = (folder / "classes.txt").read_text("utf-8").splitlines()
@@ -621,6 +626,7 @@ def open_dump(data, model, device):
     tokens_md5 = hashlib.md5(b"".join(array[i].tobytes() for array in (tokens, cls)
                                       if array is not None for i in (0, n // 2, -1)))
     has_cls = cls is not None and meta.get("cls") != "mean"  # heads compute the mean in float32
+    meta = {"model": folder.name} | meta | {"cls": "cls" if has_cls else "mean"}
     return SimpleNamespace(
         data=folder.parts[1], name="/".join(folder.parts[1:]), device=device, meta=meta,
         tokens=tokens, classes=classes, clips=clips, splits=np.where(state == 2, None, splits),
@@ -668,11 +674,13 @@ def main():
     pools = list(HEADS) if args.pool == "all" else args.pool.split(",")
     if not set(pools) <= set(HEADS):
         raise Stop(f"unknown head in --pool {args.pool}; there are {' '.join(HEADS)}")
-    if args.seeds < 1 or min(args.prototypes, args.lr, args.decay) < 0:
-        raise Stop("--seeds must be at least 1, --prototypes, --lr and --decay not negative")
+    if args.seeds < 1 or min(args.prototypes, args.lr, args.decay) < 0 or not (
+            0 <= args.threshold < 1):
+        raise Stop("--seeds must be at least 1, --prototypes, --lr and --decay not negative, and "
+                   "--threshold from 0 to 1")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in conv too
     dump = open_dump(args.data, args.model, args.device)
-    if args.apply:
+    if args.apply is not None:
         return apply_head(args.apply, dump, args.threshold, args.overwrite)
     if not dump.classes:
         raise Stop(f"tokens/{dump.name} has no labels to train on; --apply scores it")
@@ -680,7 +688,8 @@ def main():
     blind = [pool for pool in pools if not hasattr(HEADS[pool], "evidence")]
     if blind and (args.evidence or args.frames and dump.cls is not None):
         raise Stop(f"{blind[0]} has no evidence, and no frames if it reads [cls]: drop the flags")
-    if args.frames and not dump.meta.get("token_seconds"):
+    step = dump.meta.get("token_seconds")
+    if args.frames and not (isinstance(step, (int, float)) and step > 0):
         raise Stop(f"--frames needs token_seconds, of a time step, in tokens/{dump.name}/meta.json")
     print(f"tokens/{dump.name}: (clips, N, D) = {tokens.shape}, {C} classes, {dump.meta['task']}; "
           + ", ".join(f"{len(a):,} -> {len(b):,} ({s})" for s, (a, b) in dump.folds.items()))

@@ -401,10 +401,15 @@ def test_threshold_is_chosen_on_valid():
     labels, _, frames = scene()
     for root, split, rows in (("runs", "test", range(20)), ("runs_valid", "valid", range(20, 30))):
         run("demo", "head", labels[rows] + 1.8, 0, rows, root, split, frames=frames[rows] + 1.8)
-    rows = located()
+        run("demo", "head", labels[rows], 1, rows, root, split)  # without frames: left out
+    rows = {row["head"]: row for row in table("--runs", "runs/", "--localize")}
     assert rows["head"]["event F1"] == 100 and rows["head"]["threshold"] == "from valid"
-    assert rows["random"]["threshold"] == 0
-    os.remove("runs_valid/demo/eat/head/seed0/frames.npy")
+    assert rows["random"]["threshold"] == 0 and rows["head"]["seeds"] == 1
+    file = pathlib.Path("runs_valid/demo/eat/head/seed0/run.json")
+    damage(file, {"split": "test"})  # thresholds are never chosen on tested clips
+    assert located()["head"]["event F1"] == 0
+    damage(file, {"split": "valid"})
+    os.remove(file.with_name("frames.npy"))
     assert located()["head"]["event F1"] == 0
 
 # ---- pictures -------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ def test_head_that_reads_cls_has_events_of_whole_clips():
 @pytest.mark.parametrize("file, content", [
     ("meta.json", {"model": "other"}), ("meta.json", {"checkpoint": {"sha256": "other"}}),
     ("meta.json", {"grid": [2, 7]}), ("meta.json", {"seconds": None}),
+    ("meta.json", {"token_seconds": 0}), ("cls.npy", np.zeros((90, 32), np.float16)),
     ("tokens.npy", np.zeros((90, T * F, 16), np.float16)),
     ("head.pt", None), ("head.pt", b""), ("run.json", None), ("run.json", b"{}")])
 def test_what_cannot_be_applied(file, content):
