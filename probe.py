@@ -67,10 +67,10 @@ class Stop(Exception):
 
 # ---- heads: built as Head(D, C, grid, M); called as head(tokens (B, N, D), cls (B, D)) -> (B, C)
 #
-# grid is (T, F); cls is None without [cls]. evidence(tokens) -> (B, C, N), where a head has it, is
-# what each token added to each class's logit: logits - evidence.sum(-1) is the same for all clips.
-# To copy a head, copy its class and its base classes. To add one: a class, HEADS, LR, and MEANS if
-# it needs only the mean over time (it then gets (B, F, D)). Heads named proto... get M.
+# grid is (T, F); cls None without [cls]. evidence(tokens) -> (B, C, N), where a head has it: what
+# each token added to each class's logit, so that logits - evidence.sum(-1) is equal for all clips.
+# To copy a head, copy its class and base classes. To add one: a class, HEADS, LR; MEANS if it needs
+# only the mean over time, which it then gets, (B, F, D). Heads named proto... get M.
 
 class MaxCos(torch.autograd.Function):
     """tokens (B, N, D), unit p (K, D) -> max_n cos(x_n, p_k) and its n, both (B, K).
@@ -505,12 +505,12 @@ def apply_head(file, dump, threshold, overwrite):
     for a dump of another encoder."""
     try:
         info = json.loads(pathlib.Path(file).with_name("run.json").read_text("utf-8"))
-        heads = [load_head(file, fold).to(dump.device) for fold in info["losses"]]
+        heads = [load_head(file, fold).requires_grad_(False).to(dump.device)
+                 for fold in info["losses"]]
         pool, classes, task = info["pool"], info["classes"], info["dump"]["task"]
         seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
         if not (step > 0 and seconds > 0):
             raise ValueError("seconds and token_seconds in meta.json must be above 0")
-        edges = [t * step for t in range(T) if t * step < seconds] + [seconds]  # of the steps
         was, now = [{"model": meta["model"], "cls": meta["cls"], "F": meta["grid"][1], "D": D,
                      "checkpoint": (meta.get("checkpoint") or {}).get("sha256")} for meta, D in
                     ((info["dump"], info["dim"]), (dump.meta, dump.tokens.shape[2]))]
@@ -524,63 +524,55 @@ def apply_head(file, dump, threshold, overwrite):
     out = f"applied/{dump.name}/{pool}"
     if os.path.exists(out) and not overwrite:
         raise Stop(f"{out} already exists; --overwrite replaces it, with any labels you corrected")
+    def head(tokens, cls=None):
+        return torch.stack([one(tokens, cls) for one in heads]).mean(0)
+    probability = torch.sigmoid if task == "multi" else nn.Softmax(-1)
+    has_frames = dump.cls is None or hasattr(heads[0], "evidence")
+    edges = [t * step for t in range(T) if t * step < seconds] + [seconds]   # of the time steps
+    readable = [row for row, split in enumerate(dump.splits) if split is not None]
     shutil.rmtree(out + ".new", ignore_errors=True)
     os.makedirs(out + ".new")
     with open(f"{out}.new/scores.csv", "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(["path", "start", "end", *classes])
-        clips = apply_to_clips(heads, dump, task)
-        for path, recording in itertools.groupby(clips, key=lambda clip: clip[0]):
-            active = []
-            for _, start, scores, steps in recording:
-                table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores)])
-                for t, j in (steps[:len(edges) - 1] > threshold).nonzero().tolist():
-                    active.append((start + edges[t], start + edges[t + 1], classes[j],
-                                   steps[t, j].item()))
+        for path, rows in itertools.groupby(sorted(readable, key=dump.clips.__getitem__),
+                                            key=lambda row: dump.clips[row][0]):
+            active = []  # time steps: (onset, offset, label, probability)
+            for at, tokens in batches(dump.tokens, torch.tensor(list(rows)), dump.device):
+                logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
+                steps = frames(head, dump.meta, tokens) if has_frames else logits[:, None].expand(
+                    -1, T, -1)                                               # (B, T, C)
+                for row, scores, on in zip(at.tolist(), probability(logits).tolist(),
+                                           probability(steps).cpu()[:, :len(edges) - 1]):
+                    start = dump.clips[row][1]
+                    table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores)])
+                    active += [(start + edges[t], start + edges[t + 1], classes[j], on[t, j].item())
+                               for t, j in (on > threshold).nonzero().tolist()]
             write_tracks(out + ".new", path, active)
-    pathlib.Path(out + ".new", "applied.json").write_text(json.dumps(
-        {"head": file, "threshold": threshold, "run": info, "dump": dump.meta}, indent=1), "utf-8")
     shutil.rmtree(out, ignore_errors=True)
     os.rename(out + ".new", out)
-    print(f"{out}; {sum(split is None for split in dump.splits)} unreadable clips are left out")
-
-def apply_to_clips(heads, dump, task):
-    """Yield path, start, probabilities (C,), and those of each time step (T, C), of each readable
-    clip, ordered by path and start."""
-    def head(tokens, cls=None):
-        return torch.stack([one(tokens, cls) for one in heads]).mean(0)
-    probability = torch.sigmoid if task == "multi" else nn.Softmax(-1)
-    framed = dump.cls is None or hasattr(heads[0], "evidence")
-    rows = [row for row, split in enumerate(dump.splits) if split is not None]
-    rows = torch.tensor(sorted(rows, key=dump.clips.__getitem__))
-    for at, tokens in batches(dump.tokens, rows, dump.device):
-        with torch.no_grad():
-            logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
-            steps = frames(head, dump.meta, tokens) if framed else logits[:, None].expand(
-                -1, dump.meta["grid"][0], -1)                                # (B, T, C)
-        for row, *scores in zip(at.tolist(), probability(logits).cpu(), probability(steps).cpu()):
-            yield *dump.clips[row], *scores
+    print(f"{out}; {len(dump.splits) - len(readable)} unreadable clips are left out")
 
 def write_tracks(folder, path, active):
-    """Join the active steps (onset, offset, label, probability) of a recording, where they touch or
-    overlap, to events, and write these as audacity/<path>.txt and raven/<path>.txt."""
+    """Join time steps (onset, offset, label, probability) of a recording that touch or overlap, and
+    write these events as audacity/<path>.txt and raven/<path>.txt."""
     events, latest = [], {}
     for onset, offset, label, p in sorted(active):
-        event = latest.get(label)
-        if not event or onset > event[1] + 1e-3:
-            event = latest[label] = [onset, offset, label, p]
-            events.append(event)
+        if label not in latest or onset > latest[label][1] + 1e-3:
+            latest[label] = [onset, offset, label, p]
+            events.append(latest[label])
+        event = latest[label]
         event[1], event[3] = max(event[1], offset), max(event[3], p)
-    audacity, raven = [], ["Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\t"
-                           "Low Freq (Hz)\tHigh Freq (Hz)\tLabel\tProbability\n"]
+    tracks = {"audacity": "", "raven": "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\t"
+                                       "Low Freq (Hz)\tHigh Freq (Hz)\tLabel\tProbability\n"}
     for i, (onset, offset, label, p) in enumerate(events, 1):
         times = f"{onset:.3f}\t{offset:.3f}"
-        audacity.append(f"{times}\t{label} {p:.2f}\n")
-        raven.append(f"{i}\tSpectrogram 1\t1\t{times}\t0\t8000\t{label}\t{p:.2f}\n")
-    for kind, lines in (("audacity", audacity), ("raven", raven)):
+        tracks["audacity"] += f"{times}\t{label} {p:.2f}\n"
+        tracks["raven"] += f"{i}\tSpectrogram 1\t1\t{times}\t0\t8000\t{label}\t{p:.2f}\n"
+    for kind, text in tracks.items():
         track = pathlib.Path(f"{folder}/{kind}/{path.replace('../', '_/')}.txt")
         track.parent.mkdir(parents=True, exist_ok=True)
-        track.write_text("".join(lines), "utf-8")
+        track.write_text(text, "utf-8")
 
 
 # ---- the dump
@@ -674,10 +666,9 @@ def main():
     pools = list(HEADS) if args.pool == "all" else args.pool.split(",")
     if not set(pools) <= set(HEADS):
         raise Stop(f"unknown head in --pool {args.pool}; there are {' '.join(HEADS)}")
-    if args.seeds < 1 or min(args.prototypes, args.lr, args.decay) < 0 or not (
-            0 <= args.threshold < 1):
+    if args.seeds < 1 or min(args.prototypes, args.lr, args.decay) < 0 or args.threshold >= 1:
         raise Stop("--seeds must be at least 1, --prototypes, --lr and --decay not negative, and "
-                   "--threshold from 0 to 1")
+                   "--threshold below 1")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in conv too
     dump = open_dump(args.data, args.model, args.device)
     if args.apply is not None:
