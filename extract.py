@@ -254,7 +254,7 @@ def read_checkpoint(file):
             state = torch.load(file, map_location="cpu", weights_only=True)
         state = next((state[key] for key in ("model", "teacher", "state_dict")
                       if isinstance(state.get(key), dict)), state)
-        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # not EAT's _ema
+        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # drops EAT's _ema
     except Exception as e:  # the readers raise different errors for a damaged file
         raise Stop(f"{file} cannot be read as a checkpoint ({type(e).__name__}: "
                    f"{str(e).split('. ')[0][:160]}); download it again, or save the state dict")
@@ -262,9 +262,9 @@ def read_checkpoint(file):
 def to_common(state, family):
     """Official keys and layouts -> the ViT's: one fused qkv, cls as (D,), positions as rows whose
     first is [cls]'s, time-major patch kernels, weight norm folded in. Raises KeyError or ValueError
-    for another family's."""
+    for a checkpoint of another family."""
     if (family == "eat") != any("extra_tokens" in key for key in state):
-        raise ValueError("EAT and SSLAM have extra_tokens, the others have not")
+        raise ValueError("EAT and SSLAM have extra_tokens, the others do not")
     out = {}
     for key, value in state.items():
         for old, new in RENAMES:
@@ -438,7 +438,7 @@ def read_wave(file, start, seconds):
     if rate // math.gcd(rate, RATE) > UNEVEN:
         raise ValueError(f"unsupported sample rate of {rate} Hz; resample it to {RATE}")
     wave = torch.from_numpy(wave)                                            # (samples, channels)
-    wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # the mean, but 7 times as fast
+    wave = wave @ torch.full(wave.shape[1:], 1 / wave.shape[1])  # mean(1), 7 times as fast
     if not wave.sum().isfinite():
         raise ValueError("it contains NaN or infinite samples")
     return (wave if rate == RATE else resampler(rate, RATE)(wave))[:round(seconds * RATE)]
@@ -571,7 +571,7 @@ def sc2(root):
     for file, split in (("testing_list.txt", "test"), ("validation_list.txt", "valid")):
         for path, in table(f"{root}/{file}"):
             yield path, split, [path.split("/")[0]]
-    for path in sorted(pathlib.Path(root).glob("[a-z]*/*.wav")):  # those above keep their split
+    for path in sorted(pathlib.Path(root).glob("[a-z]*/*.wav")):  # those above keep theirs
         yield "/".join(path.parts[-2:]), "train", [path.parts[-2]]
 
 def fsdd(root):
@@ -756,7 +756,7 @@ WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "L
 
 def open_dump(folder, meta, clips, classes, events):
     """Create the dump, all or nothing, or leave the existing one as it is. Raises Stop, naming what
-    differs, if that has other settings (other versions, or another path of the checkpoint, do)."""
+    differs, if that has other settings; versions and the checkpoint's path may differ."""
     if os.path.exists(folder):
         def settings(meta):
             sha256 = meta["checkpoint"] and meta["checkpoint"]["sha256"]
@@ -883,7 +883,7 @@ CHECKS = "audio peak flat zeros clipped high mean square change".split()  # colu
 
 def describe(waves, spec, tokens, grid):
     """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, CHECKS), from a part
-    of the values; 17 has no factor in common with mel bins and the periods of pure tones."""
+    of the values; 17 shares no factor with the number of mel bins or the period of a usual tone."""
     some, spec = waves[:, ::17].contiguous(), spec.flatten(1)[:, ::17]
     maps, bits = tokens.unflatten(1, grid)[..., ::8], some.view(torch.int32).long()
     odd = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)

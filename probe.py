@@ -38,14 +38,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-# ---- constants: what, unit, and whose choice: [paper], [official code] of it or others, [ours]
+# ---- constants: what, unit, and source: [paper], [official code] or [ours]
 
 EPOCHS = 30         # passes over the training clips [paper]
 BATCH = 128         # clips [paper]
 SEEDS = 5           # runs of a head [paper]
 PROTOTYPES = {"as20k": 10}  # per class, by dataset; 20 for all others [paper]
 GAMMA_NEG, GAMMA_POS, MARGIN = 4, 1, 0.05  # asymmetric loss [official code: Bird-MAE]; BAT: 1, 0, 0
-DECAY = 1e-4        # weight decay, of linear layers' weights; in the paper's 1e-5..5e-4 [ours]
+DECAY = 1e-4        # weight decay, of linear layers and proto's weights; paper: 1e-5..5e-4 [ours]
 WINDOW = 1.0        # seconds of tokens around a time step, see frames [ours]
 TILE = {"cpu": 2 ** 19, "cuda": 2 ** 24}  # cosines held at once [ours]
 MEMORY = 0.6        # share of a GPU's free memory that resident tokens may take [ours]
@@ -117,7 +117,7 @@ class ProtoBin(nn.Module):
 
     sign(0) = 1, its gradient is the identity (straight-through), and normalizing comes after it.
     K*D + K*C + C parameters. [paper], checked against a co-author's code to 1e-13. With 527 classes
-    the gradients come close to Adam's eps, which halves the prototypes' steps; so in that code."""
+    the gradients come close to Adam's eps, which halves the prototypes' steps, as in that code."""
 
     def __init__(self, D, C, grid=None, M=20):
         super().__init__()
@@ -681,7 +681,7 @@ def main():
         raise Stop(f"{blind[0]} has no evidence, and no frames if it reads [cls]: drop the flags")
     step = dump.meta.get("token_seconds")
     if args.frames and not (isinstance(step, (int, float)) and step > 0):
-        raise Stop(f"--frames needs token_seconds, of a time step, in tokens/{dump.name}/meta.json")
+        raise Stop(f"--frames needs token_seconds above 0 in tokens/{dump.name}/meta.json")
     print(f"tokens/{dump.name}: (clips, N, D) = {tokens.shape}, {C} classes, {dump.meta['task']}; "
           + ", ".join(f"{len(a):,} -> {len(b):,} ({s})" for s, (a, b) in dump.folds.items()))
     if args.device == "cuda" and tokens.nbytes <= MEMORY * torch.cuda.mem_get_info()[0]:
