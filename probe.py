@@ -29,9 +29,8 @@ import sys
 import time
 from types import SimpleNamespace
 
-# By default idle OpenMP threads spin, and on a busy machine every parallel region waits for the one
-# that lost its core: a run takes 20 times as long. Must be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle OpenMP threads would spin: on a busy machine, a run takes 20 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import numpy as np
 import torch
@@ -83,12 +82,14 @@ class MaxCos(torch.autograd.Function):
     def forward(ctx, tokens, p):
         (N, D), K, half = tokens.shape[1:], len(p), tokens.dtype == torch.float16
         length = torch.linalg.vector_norm(tokens, dim=2, dtype=p.dtype).clamp(min=1e-12)  # (B, N)
-        signs, product = (p.sign().half(), half_product) if half else (p, torch.mm)
-        step, tiles = max(1, TILE[tokens.device.type] // (N * K)), []
+        step, tiles = min(len(tokens), max(1, TILE[tokens.device.type] // (N * K))), []
+        signs, memory = (p.sign().half(), None) if half else (None, p.new_empty(K * step * N))
+        def product(x):  # (D, b*N) -> (K, b*N); on a CPU, new memory each time costs 10 % more
+            return half_product(signs, x) if half else torch.mm(
+                p, x, out=memory[:K * x.shape[1]].view(K, -1))
         for x, norm in zip(tokens.split(step), length.split(step)):
-            tiles.append(product(signs, x.flatten(0, 1).T)                   # (K, b*N), without a
-                         .div_(norm.flatten()).view(K, -1, N).max(2))        # name: freed at once
-        scores, places = (torch.cat(tile, 1) for tile in zip(*tiles))        # (K, B)
+            tiles.append(product(x.flatten(0, 1).T).div_(norm.flatten()).view(K, -1, N).max(2))
+        scores, places = (torch.cat(part, 1) for part in zip(*tiles))        # (K, B)
         ctx.save_for_backward(tokens, length, places)
         return (scores * D ** -0.5 if half else scores).T, places.T
 
@@ -347,23 +348,11 @@ def default_lr(pool, K):
     """LR, lowered where protobin or protofloat has more than a thousand prototypes."""
     return max(2e-3, min(LR[pool], LR_K / K)) if pool in ("protobin", "protofloat") else LR[pool]
 
-def save_head(file, pool, D, C, grid, M, folds):
-    """head.pt: sizes and one state dict per fold; protobin's prototypes as bits, 1 for +1."""
-    states = {fold: head.cpu().state_dict() for fold, head in folds.items()}
-    if pool == "protobin":
-        for state in states.values():
-            state["prototypes"] = torch.from_numpy(np.packbits(state["prototypes"] >= 0, axis=1))
-    torch.save({"pool": pool, "D": D, "C": C, "grid": grid, "M": M, "folds": states}, file)
-
 def load_head(file, fold=None):
     """The trained head of a head.pt (of its first fold, if it has several), ready to use."""
     saved = torch.load(file, weights_only=True)
-    head = HEADS[saved["pool"]](saved["D"], saved["C"], saved["grid"], saved["M"])
-    state = saved["folds"][fold or next(iter(saved["folds"]))]
-    if saved["pool"] == "protobin":
-        bits = np.unpackbits(state["prototypes"].numpy(), axis=1, count=saved["D"])
-        state["prototypes"] = torch.from_numpy(bits).float() * 2 - 1
-    head.load_state_dict(state)
+    head = HEADS[saved["pool"]](*saved["sizes"])
+    head.load_state_dict(saved["folds"][fold or next(iter(saved["folds"]))])
     return head.eval()
 
 
@@ -381,9 +370,8 @@ LOSSES = {"asl": asymmetric_loss, "bce": nn.functional.binary_cross_entropy_with
           "ce": nn.functional.cross_entropy}  # one-hot rows are class probabilities
 
 def batches(source, rows, device, dtype=torch.float32):
-    """Yield (rows of a batch, source[rows]), both on the device. source: a tensor there, or a
-    memory-mapped array, for a GPU read ahead by a few threads. On a CPU the next batch overwrites
-    the one before."""
+    """Yield (rows of a batch, source[rows]), both on the device. source: a tensor there, or the
+    mapped file, for a GPU read ahead by threads. On a CPU a batch overwrites the one before."""
     parts, at = rows.split(BATCH), rows.to(device).split(BATCH)
     if device == "cpu":  # memory is reused, as allocating takes 6 times as long as copying
         source = np.asarray(source)
@@ -433,8 +421,7 @@ def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
     return losses, (time.time() - begin) / EPOCHS
 
 def frames(head, meta, tokens):
-    """(B, T, C): the head's logits on the tokens of WINDOW around each step, fewer at the edges of
-    a clip."""
+    """(B, T, C): the head's logits on the tokens of WINDOW around each time step of a clip."""
     maps = tokens.unflatten(1, tuple(meta["grid"]))                          # (B, T, F, D)
     side = round((WINDOW / meta["token_seconds"] - 1) / 2)  # steps before and after
     return torch.stack([head(maps[:, max(0, t - side):t + side + 1].flatten(1, 2))
@@ -446,7 +433,7 @@ def run(work, settings, dump, source, kinds):
     Returns what run.json says. Raises Stop for numbers that are not finite."""
     pool, device = settings["pool"], dump.device
     (_, N, D), C, (T, F) = dump.tokens.shape, dump.labels.shape[1], dump.meta["grid"]
-    sizes = D, C, (T, F), settings["prototypes"]
+    sizes = D, C, (T, F), settings["prototypes"]  # what a head is built from
     # protobin's products of halves are exact, see MaxCos
     dtype = torch.float16 if (pool, device) == ("protobin", "cuda") else torch.float32
     rows = torch.cat([test for _, test in dump.folds.values()])
@@ -473,14 +460,15 @@ def run(work, settings, dump, source, kinds):
         raise Stop(f"tokens/{dump.name}: tokens of row {wrong[0]}, a tested clip, are not finite")
     clips = "".join("{} {}\n".format(*dump.clips[row]) for row in rows.sort().values)
     info = settings | {
-        "classes": dump.classes, "dim": D,
+        "classes": dump.classes, "encoder": dump.encoder,
         "tested": f"{len(rows)} ({hashlib.md5(clips.encode()).hexdigest()[:6]})",
         "parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
         "seconds_per_epoch": seconds, "device": torch.cuda.get_device_name() if device == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     np.save(f"{work}/rows.npy", rows.numpy())
-    save_head(f"{work}/head.pt", pool, *sizes, heads)
+    torch.save({"pool": pool, "sizes": sizes, "folds": {
+        fold: head.cpu().state_dict() for fold, head in heads.items()}}, f"{work}/head.pt")
     pathlib.Path(work, "run.json").write_text(json.dumps(info, indent=1), "utf-8")
     return info
 
@@ -498,36 +486,27 @@ def run_exists(folder, settings, kinds):
 
 # ---- a trained head on other recordings
 
+@torch.no_grad()
 def apply_head(file, dump, threshold, overwrite):
-    """Score all readable clips of a dump with the head in `file` (the logits of several folds are
-    averaged) into applied/<data>/<model>/<pool>/: scores.csv, and label tracks of when each class
-    is above the threshold, by frames, or by whole clips for a head that reads [cls]. Raises Stop
-    for a dump of another encoder."""
+    """Score the readable clips of a dump with the head in `file` (mean logits of its folds), into
+    applied/<data>/<model>/<pool>/: scores.csv, and label tracks of when a class is above threshold,
+    by frames, or by clips if the head reads [cls]. Raises Stop for tokens of another encoder."""
     try:
         info = json.loads(pathlib.Path(file).with_name("run.json").read_text("utf-8"))
-        heads = [load_head(file, fold).requires_grad_(False).to(dump.device)
-                 for fold in info["losses"]]
-        pool, classes, task = info["pool"], info["classes"], info["dump"]["task"]
-        seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
-        if not (step > 0 and seconds > 0):
-            raise ValueError("seconds and token_seconds in meta.json must be above 0")
-        was, now = [{"model": meta["model"], "cls": meta["cls"], "F": meta["grid"][1], "D": D,
-                     "checkpoint": (meta.get("checkpoint") or {}).get("sha256")} for meta, D in
-                    ((info["dump"], info["dim"]), (dump.meta, dump.tokens.shape[2]))]
-        differ = [f"{key} {was[key]}, here {now[key]}" for key in was if was[key] != now[key]]
-        if differ:
-            raise ValueError("trained on " + "; ".join(differ))
+        heads = [load_head(file, fold).to(dump.device) for fold in info["losses"]]
+        classes, multi = info["classes"], info["dump"]["task"] == "multi"
+        if info["encoder"] != dump.encoder:
+            raise ValueError(f"trained on tokens of {info['encoder']}, not of {dump.encoder}")
     except Exception as e:  # torch and json have their own errors for damaged files
         raise Stop(f"{file} cannot be applied to tokens/{dump.name} ({type(e).__name__}: "
-                   f"{str(e).split('. ')[0][:160]}); give the head.pt of a run, with its run.json, "
-                   f"and tokens of the encoder that it was trained on")
-    out = f"applied/{dump.name}/{pool}"
+                   f"{str(e).split('. ')[0][:200]}); it needs run.json and its encoder's tokens")
+    out = f"applied/{dump.name}/{info['pool']}"
     if os.path.exists(out) and not overwrite:
         raise Stop(f"{out} already exists; --overwrite replaces it, with any labels you corrected")
     def head(tokens, cls=None):
         return torch.stack([one(tokens, cls) for one in heads]).mean(0)
-    probability = torch.sigmoid if task == "multi" else nn.Softmax(-1)
-    has_frames = dump.cls is None or hasattr(heads[0], "evidence")
+    probability = torch.sigmoid if multi else nn.Softmax(-1)
+    seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
     edges = [t * step for t in range(T) if t * step < seconds] + [seconds]   # of the time steps
     readable = [row for row, split in enumerate(dump.splits) if split is not None]
     shutil.rmtree(out + ".new", ignore_errors=True)
@@ -540,8 +519,9 @@ def apply_head(file, dump, threshold, overwrite):
             active = []  # time steps: (onset, offset, label, probability)
             for at, tokens in batches(dump.tokens, torch.tensor(list(rows)), dump.device):
                 logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
-                steps = frames(head, dump.meta, tokens) if has_frames else logits[:, None].expand(
-                    -1, T, -1)                                               # (B, T, C)
+                steps = logits[:, None].expand(-1, T, -1)                    # (B, T, C)
+                if dump.cls is None or hasattr(heads[0], "evidence"):
+                    steps = frames(head, dump.meta, tokens)
                 for row, scores, on in zip(at.tolist(), probability(logits).tolist(),
                                            probability(steps).cpu()[:, :len(edges) - 1]):
                     start = dump.clips[row][1]
@@ -592,23 +572,25 @@ def open_dump(data, model, device):
         tokens, labels, cls = arrays["tokens"], arrays["labels"], arrays.get("cls")
         with open(folder / "clips.csv", newline="", encoding="utf-8") as f:
             table = list(csv.DictReader(f))
-        splits, n, D = [clip["split"] for clip in table], len(table), tokens.shape[-1]
-        clips = [(clip["path"], float(clip["start"])) for clip in table]
+        splits, clips = zip(*((clip["split"], (clip["path"], float(clip["start"])))
+                              for clip in table))
         classes = (folder / "classes.txt").read_text("utf-8").splitlines()
-        state, (T, F), task = arrays.get("state", np.ones(n)), meta["grid"], meta["task"]
-        sizes = {"tokens": (n, T * F, D), "labels": (n, len(classes)), "cls": (n, D), "state": (n,)}
-        broken = [f"{name}.npy has the shape {arrays[name].shape}, not {shape}" for name, shape in
-                  sizes.items() if name in arrays and arrays[name].shape != shape]
+        n, D, (T, F), task = len(table), tokens.shape[-1], meta["grid"], meta["task"]
+        state = arrays.get("state", np.ones(n))
         rules = {
-            "tokens.npy must be float16": tokens.dtype == np.float16,
-            "labels.npy must be 0 or 1, as integers":
-                labels.dtype.kind in "bui" and np.isin(labels, (0, 1)).all(),
+            f"tokens.npy is {tokens.dtype} {tokens.shape}, not float16 {(n, T * F, D)}":
+                tokens.dtype == np.float16 and tokens.shape == (n, T * F, D),
+            f"labels.npy is {labels.shape}, not {(n, len(classes))} integers, 0 or 1":
+                labels.shape == (n, len(classes)) and labels.dtype.kind in "bui"
+                and np.isin(labels, (0, 1)).all(),
+            f"cls.npy is not {(n, D)}, or state.npy not {(n,)}":
+                (cls is None or cls.shape == (n, D)) and state.shape == (n,),
             "each row of clips.csv needs a split": all(splits),
             "task must be multi, or single with one class per clip":
                 task == "multi" or task == "single" and (labels.sum(1) == 1).all(),
             "extract.py is not done, run it again": state.all(),
             "no clip is readable": (state != 2).any()}
-        broken += [rule for rule, kept in rules.items() if not kept]
+        broken = [rule for rule, kept in rules.items() if not kept]
     except Exception as e:  # numpy, csv and json have their own errors for damaged files
         broken = [f"{type(e).__name__}: {e}"]
     if broken:
@@ -619,8 +601,10 @@ def open_dump(data, model, device):
                                       if array is not None for i in (0, n // 2, -1)))
     has_cls = cls is not None and meta.get("cls") != "mean"  # heads compute the mean in float32
     meta = {"model": folder.name} | meta | {"cls": "cls" if has_cls else "mean"}
+    sha256 = (meta.get("checkpoint") or {}).get("sha256")
     return SimpleNamespace(
         data=folder.parts[1], name="/".join(folder.parts[1:]), device=device, meta=meta,
+        encoder=f"{meta['model']} ({meta['cls']}, F = {F}, D = {D}, weights {str(sha256)[:12]})",
         tokens=tokens, classes=classes, clips=clips, splits=np.where(state == 2, None, splits),
         labels=torch.from_numpy(labels).to(device, torch.float32),
         cls=torch.from_numpy(cls).to(device, torch.float32) if has_cls else None,
@@ -667,22 +651,22 @@ def main():
     if not set(pools) <= set(HEADS):
         raise Stop(f"unknown head in --pool {args.pool}; there are {' '.join(HEADS)}")
     if args.seeds < 1 or min(args.prototypes, args.lr, args.decay) < 0 or args.threshold >= 1:
-        raise Stop("--seeds must be at least 1, --prototypes, --lr and --decay not negative, and "
-                   "--threshold below 1")
+        raise Stop("needed: --seeds above 0, --threshold below 1, --prototypes, --lr, --decay >= 0")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in conv too
     dump = open_dump(args.data, args.model, args.device)
-    if args.apply is not None:
-        return apply_head(args.apply, dump, args.threshold, args.overwrite)
-    if not dump.classes:
-        raise Stop(f"tokens/{dump.name} has no labels to train on; --apply scores it")
-    dump.folds, tokens, C = make_folds(dump.splits, args.valid), dump.tokens, dump.labels.shape[1]
     blind = [pool for pool in pools if not hasattr(HEADS[pool], "evidence")]
     if blind and (args.evidence or args.frames and dump.cls is not None):
         raise Stop(f"{blind[0]} has no evidence, and no frames if it reads [cls]: drop the flags")
-    step = dump.meta.get("token_seconds")
-    if args.frames and not (isinstance(step, (int, float)) and step > 0):
-        raise Stop(f"--frames needs token_seconds above 0 in tokens/{dump.name}/meta.json")
-    print(f"tokens/{dump.name}: (clips, N, D) = {tokens.shape}, {C} classes, {dump.meta['task']}; "
+    times = [dump.meta.get(key) for key in ("seconds", "token_seconds")]
+    if (args.frames or args.apply) and not all(type(t) in (int, float) and t > 0 for t in times):
+        raise Stop(f"tokens/{dump.name}/meta.json needs seconds and token_seconds above 0 for that")
+    if args.apply:
+        return apply_head(args.apply, dump, args.threshold, args.overwrite)
+    if not dump.classes:
+        raise Stop(f"tokens/{dump.name} has no labels to train on; --apply scores it")
+    dump.folds = make_folds(dump.splits, args.valid)
+    tokens, C, task = dump.tokens, dump.labels.shape[1], dump.meta["task"]
+    print(f"tokens/{dump.name}: (clips, N, D) = {tokens.shape}, {C} classes, {task}; "
           + ", ".join(f"{len(a):,} -> {len(b):,} ({s})" for s, (a, b) in dump.folds.items()))
     if args.device == "cuda" and tokens.nbytes <= MEMORY * torch.cuda.mem_get_info()[0]:
         tokens = dump.tokens = torch.from_numpy(tokens).to("cuda")
@@ -694,7 +678,7 @@ def main():
         M = (args.prototypes or PROTOTYPES.get(dump.data, 20)) if "proto" in pool else None
         settings = {"pool": pool, "seed": seed, "lr": args.lr or default_lr(pool, M and M * C),
                     "weight_decay": args.decay, "epochs": EPOCHS, "batch": BATCH, "prototypes": M,
-                    "loss": args.loss or ("asl" if dump.meta["task"] == "multi" else "ce"),
+                    "loss": args.loss or ("asl" if task == "multi" else "ce"),
                     "split": "valid" if args.valid else "test", "dump": dump.meta,
                     "tokens_md5": dump.tokens_md5, "labels_md5": dump.labels_md5}
         out = f"{root}/{dump.name}/{pool}/seed{seed}"

@@ -66,7 +66,7 @@ def write_dump(folder, tokens, labels, splits, cls=None, paths=None, start=0, **
     rows = [(path, start, *row) for path, *row in zip(paths, splits, names)]
     write_table(folder / "clips.csv", "path,start,split,labels", rows)
     (folder / "classes.txt").write_text("".join(f"c{j}\n" for j in range(len(labels[0]))))
-    meta = {"task": "multi", "grid": [np.shape(tokens)[1], 1], **meta}
+    meta = {"task": "multi", "grid": [np.shape(tokens)[1], 1], "seconds": 1, **meta}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 

@@ -163,18 +163,6 @@ def test_head_pasted_alone(name):
     assert torch.equal(pasted(TOKENS, CLS), build(name)(TOKENS, CLS))
     pasted(TOKENS, CLS).sum().backward()
 
-@pytest.mark.parametrize("name", probe.HEADS)
-def test_head_file_round_trip(name):
-    D = 20 if name in PROTOTYPES else 64  # 20 bits are 3 bytes
-    heads = {fold: probe.HEADS[name](D, C, GRID, M).eval() for fold in ("1", "2")}
-    tokens, cls = TOKENS[:, :, :D].float(), CLS.float()
-    probe.save_head("head.pt", name, D, C, GRID, M, heads)
-    for fold, head in {None: heads["1"], **heads}.items():
-        assert torch.equal(probe.load_head("head.pt", fold)(tokens, cls), head(tokens, cls))
-    if name == "protobin":
-        bits = torch.load("head.pt", weights_only=True)["folds"]["1"]["prototypes"]
-        assert (bits.dtype, bits.shape) == (torch.uint8, (M * C, 3))
-
 def test_asymmetric_loss_equals_two_terms_in_value_and_gradient():
     logits, y = (4 * torch.randn(50, 9)).double().requires_grad_(), torch.rand(50, 9).round()
     p = logits.sigmoid()

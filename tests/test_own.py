@@ -212,5 +212,6 @@ def test_what_cannot_be_applied(file, content):
     head = trained()
     run = pathlib.Path(head).parent
     damage((run if file in ("head.pt", "run.json") else FIELD) / file, content)
-    refused(script("probe.py", "--data", "field", "--apply", head), "cannot be applied")
+    words = ["seconds"] if "seconds" in str(content) else ["cannot be applied"]
+    refused(script("probe.py", "--data", "field", "--apply", head), *words)
     assert not pathlib.Path("applied").exists()

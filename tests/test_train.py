@@ -112,6 +112,9 @@ def test_every_head_scores_chance_on_permuted_labels():
     for pool in probe.HEADS:
         logits = made("--prototypes", 4, pool=pool)
         assert abs(average_precision_score(tested, logits) - tested.mean()) < 0.03, pool
+        head = probe.load_head(folder(pool) / "head.pt").requires_grad_(False)
+        x = torch.from_numpy(tokens[800:].astype(np.float16)).float()
+        np.testing.assert_allclose(logits, head(x), rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize("pool", ("protobin", "linpre", "simpool"))
 def test_files_of_a_run(pool):
