@@ -885,7 +885,7 @@ def describe(waves, spec, tokens, grid):
     """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, CHECKS), from a part
     of the values; 17 shares no factor with the number of mel bins or the period of a usual tone."""
     some, spec = waves[:, ::17].contiguous(), spec.flatten(1)[:, ::17]
-    maps, bits = tokens.unflatten(1, grid)[..., ::8], some.view(torch.int32).long()
+    maps, bits = tokens.unflatten(1, grid)[..., :16], some.view(torch.int32).long()
     odd = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)
     frames = waves[:, :waves.shape[1] // FFT * FFT].unflatten(1, (-1, FFT))
     frames = frames[:, ::frames.shape[1] // 32 + 1] * torch.hann_window(FFT, device=waves.device)
@@ -901,7 +901,7 @@ def describe(waves, spec, tokens, grid):
         # largest change of tokens over time; more than 0 if there is only one time step
         (maps.amax(1) - maps.amin(1)).amax((1, 2)) + (grid[0] == 1))], 1)
 
-def examine(folder, clips, train_sd):
+def examine(folder, root, clips, seconds, train_sd):
     """Print what looks wrong with the readable clips of a complete dump, and return it: {"input":
     mean and sd of the normalized input, what: number of clips}. The encoder was trained on a mean
     of 0 and train_sd. All limits are ours, wide enough for other domains. Raises Stop."""
@@ -911,26 +911,35 @@ def examine(folder, clips, train_sd):
         raise Stop(f"{folder}: no clip could be read; see the reasons above")
     audio, peak, flat, zeros, clipped, high, mean, square, change = checks[rows].T
     clips, mean, flat = [clips[row] for row in rows], mean.mean(), flat > 0.99
-    sd, same = (square.mean() - mean ** 2) ** 0.5, counts(audio)
+    sd, same, dull = (square.mean() - mean ** 2) ** 0.5, counts(audio), ~flat & (high < 1e-5)
     splits, paths = [clip.split for clip in clips], [clip.path for clip in clips]
+    rate, padded = np.full(len(rows), RATE), np.zeros(len(rows))
+    for i in np.flatnonzero(dull | (zeros > 0.25)):  # does the file itself explain it?
+        info = soundfile.info(os.path.join(root, paths[i]))
+        rate[i], padded[i] = info.samplerate, max(0, 1 - (info.duration - clips[i].start) / seconds)
     found = {
         "silent: peak below -80 dB": peak < 1e-4,
         "constant: an offset without sound": flat & (peak >= 1e-4) & (zeros < 0.5),
         "clipped: over 0.1 % of the samples at full scale": clipped > 1e-3,
-        "zeros: over 25 %, padding or gaps": zeros > 0.25,
-        "dull: nothing above 5 kHz, from a lower sample rate?": ~flat & (high < 1e-5),
+        "zeros: over 25 % of the clip, within the file": zeros - padded > 0.25,
+        "padded: over 25 % of the clip, the file is shorter": padded > 0.25,
+        "dull: nothing above 5 kHz, from a lower sample rate?": dull,
         "tokens that do not change over time": change == 0,
         "tokens of another clip": ~flat & (counts([hash(cls[row].tobytes()) for row in rows]) > 1),
         "audio of another clip": ~flat & (same > 1),
         "audio of another split": ~flat & (same > counts(list(zip(audio, splits)))),
         "recording also in another split": counts(paths) > counts(list(zip(paths, splits)))}
-    odd = abs(mean) > 1.5 * train_sd or not train_sd / 4 < sd < 2 * train_sd
+    alike = counts(padded.round(2)) > len(rows) / 2
+    usual = {"padded": not (alike & (padded > 0.25)).any(),  # short files of all lengths
+             "dull": dull.mean() > 0.5 and rate[dull].max() < 10000}  # most have such a rate
+    odd = abs(mean) > 2 * train_sd or not train_sd / 4 < sd < 2 * train_sd
     print(f"{len(rows):8,} clips; input: mean {mean:.2f}, sd {sd:.2f}, in training 0 and {train_sd}"
           + ("  <- look at this" if odd else ""))
     for text, here in found.items():
         names = ", ".join(f"{clips[i].path} ({clips[i].start:g} s, {splits[i]})"
                           for i in np.flatnonzero(here)[:3])
-        print(f"{here.sum():8,} {text}" + (f"  <- look at this: {names}" if names else ""))
+        odd = names and not usual.get(text.split(":")[0])
+        print(f"{here.sum():8,} {text}" + (f"  <- look at this: {names}" if odd else ""))
     return {"input": [round(float(mean), 3), round(float(sd), 3)],
             **{text.split(":")[0]: int(here.sum()) for text, here in found.items()}}
 
@@ -1013,7 +1022,8 @@ def main():
     if state.all():
         print_report(clips, missing, state, classes)
         meta = json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8"))  # keeps versions
-        meta["examined"] = examine(folder, clips, 1 if encoder.family == "dasheng" else 0.5)
+        train_sd = 1 if encoder.family == "dasheng" else 0.5
+        meta["examined"] = examine(folder, root, clips, seconds, train_sd)
         pathlib.Path(folder, f".meta.{RANK}").write_text(json.dumps(meta, indent=1), "utf-8")
         os.replace(f"{folder}/.meta.{RANK}", f"{folder}/meta.json")
         refuse_bad(most_bad, [clip.path for clip, how in zip(clips, state) if how == 2])
