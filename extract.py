@@ -23,7 +23,6 @@ import concurrent.futures
 import csv
 import functools
 import glob
-import gzip
 import hashlib
 import json
 import math
@@ -57,7 +56,7 @@ LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the
 CHUNK = 1008                         # frames Dasheng encodes at once, 252 tokens [official code]
 STEP = 32                            # EAT, ASiT: frames are rounded up to a multiple of it [ours]
 BLOCK = {"cpu": 8, "cuda": 64}       # 10 s clips in a batch, also the unit of resuming [ours]
-WRITERS = 3                          # threads that share the writing of a block [ours]
+WRITERS = 3                          # blocks that are written at once, each by a thread [ours]
 MAX_BAD = 0.01                       # accepted share of missing or unreadable clips [ours]
 UNEVEN = 2000                        # largest rate / gcd(rate, RATE): kernels grow with it [ours]
 AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # tried if the file that a table names is missing [ours]
@@ -133,18 +132,21 @@ def decibel_mel(waves, filters):
 
 # ---- spectrogram -> tokens: one ViT for all the encoders
 
-class Attention(torch.nn.Module):
-    """Self-attention over (B, L, D); with a relative bias it has BEATs' gate per head and query."""
+class Block(torch.nn.Module):
+    """Transformer block over (B, L, D): pre-norm, or post-norm with the residual weighted by alpha.
+    With a relative bias, attention has BEATs' gate per head and query."""
 
-    def __init__(self, D, heads, relative):
+    def __init__(self, D, heads, hidden, post, alpha, eps, relative):
         super().__init__()
-        self.heads = heads
+        self.heads, self.post, self.alpha = heads, post, alpha
+        self.norm1, self.norm2 = torch.nn.LayerNorm(D, eps), torch.nn.LayerNorm(D, eps)
         self.qkv, self.proj = torch.nn.Linear(D, 3 * D), torch.nn.Linear(D, D)
+        self.fc1, self.fc2 = torch.nn.Linear(D, hidden), torch.nn.Linear(hidden, D)
         if relative:
             self.grep = torch.nn.Linear(D // heads, 8)
             self.grep_a = torch.nn.Parameter(torch.ones(1, heads, 1, 1))
 
-    def forward(self, x, bias):                                              # bias (H, L, L)
+    def attention(self, x, bias):                                            # bias (H, L, L)
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d)
         if bias is not None:
@@ -154,33 +156,24 @@ class Attention(torch.nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
-class Block(torch.nn.Module):
-    """Transformer block: pre-norm, or post-norm with the residual weighted by alpha."""
-
-    def __init__(self, D, heads, hidden, post, alpha, eps, relative):
-        super().__init__()
-        self.post, self.alpha = post, alpha
-        self.norm1, self.norm2 = torch.nn.LayerNorm(D, eps), torch.nn.LayerNorm(D, eps)
-        self.attn = Attention(D, heads, relative)
-        self.mlp = torch.nn.Sequential(collections.OrderedDict(  # GELU: the exact one (erf)
-            fc1=torch.nn.Linear(D, hidden), gelu=torch.nn.GELU(), fc2=torch.nn.Linear(hidden, D)))
+    def mlp(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))  # the exact GELU (erf)
 
     def forward(self, x, bias):
         if self.post:  # without a product where alpha is 1: it would only copy x
-            x = self.norm1((x if self.alpha == 1 else self.alpha * x) + self.attn(x, bias))
+            x = self.norm1((x if self.alpha == 1 else self.alpha * x) + self.attention(x, bias))
             return self.norm2((x if self.alpha == 1 else self.alpha * x) + self.mlp(x))
-        x = x + self.attn(self.norm1(x), bias)
+        x = x + self.attention(self.norm1(x), bias)
         return x + self.mlp(self.norm2(x))
 
 class ViT(torch.nn.Module):
-    """All encoders as one network: (B, T, mels) -> tokens (B, N, D), cls (B, D) or None. Sizes come
-    from a `to_common` state (KeyError if it lacks one), the rest from the family. norm=False: no
-    final norm."""
+    """All encoders: (B, T, mels) -> tokens (B, N, D), cls (B, D) or None. Sizes come from a state
+    of `to_common` (KeyError if it lacks one), the rest from family. norm=False: no final norm."""
 
     def __init__(self, state, family, norm=True):
         super().__init__()
         width, _, *patch = state["patch.weight"].shape
-        hidden, D = state["blocks.0.mlp.fc1.weight"].shape
+        hidden, D = state["blocks.0.fc1.weight"].shape
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
         heads = D // (80 if D == 1280 else 64)  # 1280: Dasheng 0.6B [official code]
         self.beats, self.post = family == "beats", family in ("beats", "eat")
@@ -239,30 +232,25 @@ RENAMES = [  # official key -> ours, in this order. The first removes wrappers, 
     (r"^(pre_norm|context_encoder\.norm|encoder\.layer_norm)\.", "norm."),
     (r"^layer_norm\.", "stem.0."), (r"^post_extract_proj\.", "stem.1."),
     (r"^encoder\.pos_conv\.0\.", "conv_pos."), (r"^init_bn\.(1\.)?", "bn."),
-    (r"^encoder\.layers\.", "blocks."), (r"^(blocks\.\d+)\.fc", r"\1.mlp.fc"),
-    ("self_attn_layer_norm", "norm1"), ("final_layer_norm", "norm2"), ("self_attn", "attn"),
-    ("out_proj", "proj"), ("grep_linear", "grep"), (r".*\.relative_attention_bias\..*", "rel_bias")]
+    (r"^encoder\.layers\.", "blocks."), (r"\.(attn|self_attn|mlp)\.", "."),
+    ("self_attn_layer_norm", "norm1"), ("final_layer_norm", "norm2"), ("out_proj", "proj"),
+    ("grep_linear", "grep"), (r".*\.relative_attention_bias\..*", "rel_bias")]
 
 def read_checkpoint(file):
     """{key: tensor} of a .safetensors file or a torch pickle (weights only: tensors, plain
-    containers, argparse.Namespace and PosixPath; nothing that runs code). Raises Stop."""
+    containers, argparse.Namespace and PosixPath; nothing that runs code)."""
+    if file.endswith(".safetensors"):
+        return safetensors.torch.load_file(file)
     kinds = [argparse.Namespace, (pathlib.PosixPath, "pathlib.PosixPath")]
-    try:
-        if file.endswith(".safetensors"):
-            return safetensors.torch.load_file(file)
-        with torch.serialization.safe_globals(kinds):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        state = next((state[key] for key in ("model", "teacher", "state_dict")
-                      if isinstance(state.get(key), dict)), state)
-        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # drops EAT's _ema
-    except Exception as e:  # the readers raise different errors for a damaged file
-        raise Stop(f"{file} cannot be read as a checkpoint ({type(e).__name__}: "
-                   f"{str(e).split('. ')[0][:160]}); download it again, or save the state dict")
+    with torch.serialization.safe_globals(kinds):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = next((state[key] for key in ("model", "teacher", "state_dict")
+                  if isinstance(state.get(key), dict)), state)
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # drops EAT's _ema
 
 def to_common(state, family):
-    """Official keys and layouts -> the ViT's: one fused qkv, cls as (D,), positions as rows whose
-    first is [cls]'s, time-major patch kernels, weight norm folded in. Raises KeyError or ValueError
-    for a checkpoint of another family."""
+    """Official keys and layouts -> the ViT's: fused qkv, cls (D,), pos (rows, D), first [cls]'s,
+    time-major patch kernels, weight norm folded in. KeyError or ValueError: of another family."""
     if (family == "eat") != any("extra_tokens" in key for key in state):
         raise ValueError("EAT and SSLAM have extra_tokens, the others do not")
     out = {}
@@ -281,7 +269,7 @@ def to_common(state, family):
     if family == "beats":
         g, v = out.pop("conv_pos.weight_g"), out.pop("conv_pos.weight_v")
         out["conv_pos.weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)    # weight norm
-        for key in [k for k in out if ".attn.q_proj." in k]:
+        for key in [k for k in out if ".q_proj." in k]:
             qkv = [out.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"]
             out[key.replace("q_proj", "qkv")] = torch.cat(qkv)
     return out
@@ -293,8 +281,8 @@ def random_state():
     n = torch.arange(6144)
     angle = torch.stack([n % 8, n // 8], 1)[..., None] * 10000 ** -(torch.arange(D // 4) / (D // 4))
     rows = torch.cat([angle.sin(), angle.cos()], 2).flatten(1)               # (6144, D)
-    block = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D),
-             "mlp.fc2": (D, 4 * D), "norm1": (D,), "norm2": (D,)}
+    block = {"qkv": (3 * D, D), "proj": (D, D), "fc1": (4 * D, D), "fc2": (D, 4 * D),
+             "norm1": (D,), "norm2": (D,)}
     blocks = {f"blocks.{i}.{k}.weight": shape for i in range(12) for k, shape in block.items()}
     shapes = {"patch.weight": (D, 1, 16, 16), "cls": (D,), **blocks, "norm.weight": (D,)}
     for key, shape in shapes.items():
@@ -358,9 +346,10 @@ class Encoder:
             with torch.device("meta"):  # A-MAE+ was fine-tuned without the last norm
                 self.vit = ViT(state, self.family, norm=model != "amae+")
             self.vit.load_state_dict(state, assign=True)
-        except (KeyError, IndexError, ValueError, RuntimeError) as e:
-            raise Stop(f"{file}: not a checkpoint of {model} ({' '.join(str(e).split())[:200]}); "
-                       f"check --model and --checkpoint")
+        except Exception as e:  # damaged files and those of other models raise different errors
+            what = f"{type(e).__name__}: {' '.join(str(e).split('. ')[0].split())[:200]}"
+            raise Stop(f"{file} cannot be read as a checkpoint of {model} ({what}); check --model "
+                       f"and --checkpoint, or download it again")
         self.vit.eval().requires_grad_(False).to(self.device)
         if self.half:  # once, or autocast would do it in every batch
             for module in self.vit.modules():
@@ -405,8 +394,7 @@ def find_checkpoint(model, file):
             raise Stop(f"{model} has no weights; leave --checkpoint out")
         return None, None
     if not file and not official.file:
-        raise Stop(f"the weights of {model} cannot be downloaded by a script (README, Encoders); "
-                   f"give the file you have with --checkpoint")
+        raise Stop(f"{model} cannot be downloaded (README, Encoders); give --checkpoint its file")
     if not file:
         repository, name = official.file.rsplit("/", 1)
         source = f"{HUB}/{repository}/resolve/main/{name}"
@@ -475,24 +463,24 @@ def one_core(device):
 # ---- datasets
 #
 # A reader has its dataset's name. It yields (path below root, split, labels[, start, (onset,
-# offset)]) from the unpacked tables. "**/name" is a file anywhere below root. A repeated clip keeps
-# its first split and gains labels. A row whose path is None only adds its labels to the classes.
+# offset)], which may be "") from the unpacked tables. "**/name" is a file anywhere below root. A
+# repeated clip keeps its first split and gains labels. A row without path only adds classes.
 
-def table(file, columns="", *optional):
+def table(file, columns, *optional, header=True):
     """Rows of a .csv (commas) or any other file (tabs), without # comment lines: the columns "a,b"
-    and optional ones ("" if missing), or every cell of a file without header. Raises Stop."""
+    and optional ones ("" if missing). Without a header, the file has just these. Raises Stop."""
+    columns = columns.split(",")
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(("\n" if line.startswith("#") else line for line in lines),
-                          delimiter="," if file.endswith(".csv") else "\t", skipinitialspace=True)
-        wanted = columns.split(",")
+        rows = csv.DictReader(("\n" if line.startswith("#") else line for line in lines),
+                              None if header else columns, skipinitialspace=True,
+                              delimiter="," if file.endswith(".csv") else "\t")
         try:
-            header = [name.strip() for name in next(rows, [])] if columns else []
-            for row in filter(None, rows):
-                if columns and (len(row) != len(header) or not set(wanted) <= set(header)):
-                    raise ValueError(f"row {str(row)[:80]} does not match the header {header}; it "
-                                     f"needs {columns}, and cells with commas need quotes")
-                cells = dict(zip(header, map(str.strip, row)))
-                yield [cells.get(name, "") for name in (*wanted, *optional)] if columns else row
+            rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+            for row in rows:  # None: the key of superfluous cells, the value of missing ones
+                if None in (*row, *row.values()) or not set(columns) <= set(row):
+                    raise ValueError(f"row {str(row)[:200]} does not match the header; it needs "
+                                     f"{columns}, and cells with commas need quotes")
+                yield [row.get(name, "").strip() for name in (*columns, *optional)]
         except (ValueError, csv.Error) as e:
             raise Stop(f"{file}:{rows.line_num}: {e}; fix the line, and save the file as UTF-8")
 
@@ -512,10 +500,8 @@ def recordings(root, seconds):
         if path.lower().endswith(AUDIO):
             try:
                 length = soundfile.info(os.path.join(root, path)).duration
-            except RuntimeError:  # read_wave will say why
+            except (RuntimeError, UnicodeEncodeError):  # read_wave or read_clips will say why
                 length = 0
-            except UnicodeEncodeError:
-                raise Stop(f"{root}: the name {ascii(path)} is not UTF-8; rename the file")
             if length > 1e9:  # how libsndfile reports an unknown length
                 raise Stop(f"{root}/{path} does not say how long it is; encode it again")
             for i in range(max(1, math.ceil(length / seconds - 1e-3))):  # drops 0.1 % of a clip
@@ -524,8 +510,8 @@ def recordings(root, seconds):
 def as20k(root):
     names = dict(table(f"{root}/class_labels_indices.csv", "mid,display_name"))
     for part, folder, split in ("balanced_train", "bal_train", "train"), ("eval", "eval", "test"):
-        for ytid, _, _, mids in table(f"{root}/{part}_segments.csv"):
-            yield f"audio/{folder}/{ytid}.flac", split, [names.get(m, m) for m in mids.split(",")]
+        for name, *_, mids in table(f"{root}/{part}_segments.csv", "id,from,to,mids", header=False):
+            yield f"audio/{folder}/{name}.flac", split, [names.get(m, m) for m in mids.split(",")]
 
 def fsd50k(root):
     for name, labels, split in table(f"{root}/FSD50K.ground_truth/dev.csv", "fname,labels,split"):
@@ -542,13 +528,12 @@ def desed(root):
 def desed_public(root, tsv="eval/public.tsv", folder="audio/eval/public", split=None):
     for name, *times, label in table(f"{root}/metadata/{tsv}", "filename,onset,offset,event_label"):
         path = f"{folder}/{name}"
-        yield path, split or drawn(path), [label], 0, times if times[0] else None
+        yield path, split or drawn(path), [label], 0, times
 
 def spass(root, merged={}):  # [?] the names of the columns of times
     for file in sorted(glob.glob(f"{root}/?_MatrixLabels*.csv")):
         for name, label, *times in table(file, "audio_filename,class", "start (s)", "end (s)"):
-            labels, times = [merged.get(label, label)], times if times[0] else None
-            yield f"**/{name}", drawn(name), labels, 0, times
+            yield f"**/{name}", drawn(name), [merged.get(label, label)], 0, times
 
 def spass28(root):
     """How 33 names become the paper's 28 is a guess [ours]: idling and moving are one, and so are
@@ -560,8 +545,8 @@ def spass28(root):
 def urban(root):
     for file in sorted(glob.glob(f"{root}/annotations/*/*.txt")):
         split, name = pathlib.Path(file).parts[-2:]
-        for onset, offset, label in table(file):
-            yield f"audio/{split}/{name[:-4]}.wav", split, [label], 0, (onset, offset)
+        for *times, label in table(file, "onset,offset,label", header=False):
+            yield f"audio/{split}/{name[:-4]}.wav", split, [label], 0, times
 
 def esc50(root):
     for name, fold, label in table(f"{root}/meta/esc50.csv", "filename,fold,category"):
@@ -569,7 +554,7 @@ def esc50(root):
 
 def sc2(root):
     for file, split in (("testing_list.txt", "test"), ("validation_list.txt", "valid")):
-        for path, in table(f"{root}/{file}"):
+        for path, in table(f"{root}/{file}", "path", header=False):
             yield path, split, [path.split("/")[0]]
     for path in sorted(pathlib.Path(root).glob("[a-z]*/*.wav")):  # those above keep theirs
         yield "/".join(path.parts[-2:]), "train", [path.parts[-2]]
@@ -593,12 +578,11 @@ def birdset(root, seed=1):
         yield f"**/{os.path.basename(row['filepath'])}", "test", row["ebird_code_multilabel"] or []
 
 def few_shot(rows, shots, seconds, seed):
-    """Yield (row, start) by Bird-MAE's lenient k-shot rule for BirdSet's train table, no fill-up:
-    recordings of at most 20 s without secondary species; of each, the events of the most frequent
-    cluster (the first of equals; -1, noise, only if it is the only event), without those
-    inside another; one at random is primary; k primaries per species, else all of them and others
-    up to k [official code]. The clip is centered on the event, where BirdSet takes a random 5 s,
-    and equal clips of a recording count once, so a seed gives the same clips anywhere [ours]."""
+    """Yield (row, start) by Bird-MAE's lenient k-shot rule, no fill-up. Of recordings up to 20 s
+    without secondary species: the events of the most frequent cluster (the first of equals; -1,
+    noise, only if it is the only event), except those inside another; one at random is primary. k
+    primaries per species, else all, and others up to k [official code]. Clips are centered, where
+    BirdSet takes a random 5 s, and equal ones count once: the same anywhere for a seed [ours]."""
     rng = random.Random(seed)
     species = collections.defaultdict(lambda: ([], []))  # (primaries, others)
     for row in sorted(rows, key=lambda row: row["filepath"]):
@@ -639,15 +623,16 @@ def read_clips(root, rows, task):
             split, start = SPLITS.get(split.lower(), split), float(start or 0)
             if not split or not 0 <= start < math.inf or re.search("[;\r\n]", "".join(labels)):
                 raise ValueError("it needs a split, a start of 0 s or more and labels without ;")
+            wanted.encode()  # raises for a name that is not UTF-8
             path = find_audio(root, wanted)
             if path is None:
                 missing.setdefault((wanted, start), split)
                 continue
             clips.setdefault((path, start), Clip(path, start, split, set())).labels.update(labels)
-            onset, offset = map(float, times or (0, 0))
+            onset, offset = (float(time or 0) for time in times or (0, 0))
             if not 0 <= onset <= offset < math.inf:
                 raise ValueError("its event needs 0 <= onset <= offset, in seconds")
-            events += [(path, onset, offset, label) for label in sorted(labels) if times]
+            events += [(path, onset, offset, name) for name in sorted(labels) if times and times[0]]
     except (ValueError, KeyError) as e:  # KeyError: a column of a parquet file
         raise Stop(f"{root}: {str(row)[:200]} cannot be used ({e}); fix the table")
     for clip in clips.values():
@@ -729,20 +714,15 @@ def fetch_dataset(root, urls):
         try:
             whole = file
             if file.endswith(".zip") and os.path.exists(file[:-3] + "z01"):  # a split zip
-                whole = file[:-4] + ".whole.zip"
-                subprocess.run(["zip", "-q", "-s", "0", file, "--out", whole], check=True,
-                               input=b"q\n")  # quit, if it asks for a missing part
-            if file.endswith(".tar.gz"):
-                with gzip.open(file) as f, open(os.devnull, "wb") as nowhere:
-                    shutil.copyfileobj(f, nowhere)  # tar stops before gzip's checksum, at the end
+                whole = file[:-4] + ".whole.zip"  # q: quit, if zip asks for a missing part
+                subprocess.run(["zip", "-qs", "0", file, "--out", whole], input=b"q\n", check=True)
             if whole.endswith((".zip", ".tar", ".tar.gz")):
                 shutil.unpack_archive(whole, new, filter=None if whole.endswith("zip") else "data")
             elif not re.search(r"\.z\d\d$", file):
                 shutil.copy(file, new)
         except Exception as e:  # every kind of archive has its own errors
             raise Stop(f"{file} cannot be unpacked ({e}); delete it, or all of {parts}, and retry, "
-                       f"or unpack it into {root} by hand (split zips need the program zip: "
-                       f"zip -s 0 NAME.zip --out whole.zip)")
+                       f"or unpack it into {root} by hand (split zips: zip -s 0 A.zip --out B.zip)")
     inside = glob.glob(f"{new}/*")
     os.rename(inside[0] if len(inside) == 1 and os.path.isdir(inside[0]) else new, root)
     for rest in (new, parts):
@@ -804,19 +784,15 @@ def write_rows(file, first, rows):
         f.seek(array.offset + first * array.strides[0])
         f.write(np.ascontiguousarray(rows))
 
-def save_block(folder, writers, block, failed, arrays, done):
-    """Write the rows of a block, each thread a part, then their bytes in state.npy: marked blocks
-    survive a kill, but not a power cut. Rows of `failed`, unreadable clips, are zeros. done: a CUDA
-    event to wait for, or None. Returns the seconds spent writing."""
+def save_block(folder, block, failed, arrays, done):
+    """Write a block's rows (`failed`: zeros), then their bytes in state.npy: marked blocks survive
+    a kill, not a power cut. done: a CUDA event to wait for, or None. Returns seconds of writing."""
     if done:
         done.synchronize()
-    begin, jobs, step = time.time(), [], -(-len(block) // WRITERS)
+    begin = time.time()
     for name, array in arrays.items():
         array[[row - block[0] for row in failed]] = 0
-        jobs += [writers.submit(write_rows, f"{folder}/{name}.npy", block[i], array[i:i + step])
-                 for i in range(0, len(block), step)]
-    for job in jobs:
-        job.result()
+        write_rows(f"{folder}/{name}.npy", block[0], array)
     write_rows(f"{folder}/state.npy", block[0], np.uint8([2 if r in failed else 1 for r in block]))
     return time.time() - begin
 
@@ -829,13 +805,12 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
     todo = [block for block in blocks[RANK::WORLD] if (state[block.start:block.stop] != 1).any()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(2, cores // LOCAL_WORLD - 3)  # leaves 3 for encoding and writing
-    readers, saver, writers = (concurrent.futures.ThreadPoolExecutor(
-        n, initializer=one_core, initargs=(encoder.device,)) for n in (threads, 1, WRITERS))
+    readers, writers = (concurrent.futures.ThreadPoolExecutor(
+        n, initializer=one_core, initargs=(encoder.device,)) for n in (threads, WRITERS))
     read = functools.partial(read_block, root, clips, seconds, gpu)
     bar = tqdm(total=sum(map(len, todo)), unit="clip", mininterval=1 if sys.stderr.isatty() else 60)
-    begin, writing = time.time(), 0
-    with readers, writers, saver, bar:
-        job = saver.submit(float)  # saves the block before; at first there is none
+    begin, writing, saving = time.time(), 0, collections.deque()
+    with readers, writers, bar:
         for block, (waves, failed) in zip(todo, in_order(readers, read, todo, threads + 2)):
             for row, reason in failed.items():
                 bar.write(f"unreadable: {clips[row].path} ({clips[row].start:g} s): {reason}",
@@ -851,13 +826,14 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
             arrays = {name: x.to("cpu", non_blocking=True).numpy() for name, x in arrays.items()}
             done = torch.cuda.current_stream().record_event(
                 torch.cuda.Event(blocking=True)) if gpu else None
-            writing += job.result()
-            job = saver.submit(save_block, folder, writers, block, failed, arrays, done)
+            saving.append(writers.submit(save_block, folder, block, failed, arrays, done))
+            if len(saving) > WRITERS:  # no more blocks than these wait in memory
+                writing += saving.popleft().result()
             bar.update(len(block))
-        writing += job.result()
-    if writing > 0.9 * (time.time() - begin):
+        writing += sum(job.result() for job in saving)
+    if writing > 0.9 * WRITERS * (time.time() - begin):
         written = bar.n * math.prod(encoder.grid) * encoder.dim * 2e-9
-        print(f"the disk was the limit: {written / writing:.2f} GB/s written")
+        print(f"the disk was the limit: {WRITERS * written / writing:.2f} GB/s written")
 
 def refuse_bad(most_bad, paths):
     """How many more clips may be missing or unreadable after these. Raises Stop."""
@@ -913,10 +889,11 @@ def examine(folder, root, clips, seconds, train_sd):
     clips, mean, flat = [clips[row] for row in rows], mean.mean(), flat > 0.99
     sd, same, dull = (square.mean() - mean ** 2) ** 0.5, counts(audio), ~flat & (high < 1e-5)
     splits, paths = [clip.split for clip in clips], [clip.path for clip in clips]
-    rate, padded = np.full(len(rows), RATE), np.zeros(len(rows))
-    for i in np.flatnonzero(dull | (zeros > 0.25)):  # does the file itself explain it?
+    rate, length = np.full(len(rows), RATE), np.full(len(rows), seconds)
+    for i in np.flatnonzero(dull | (zeros > 0.25)):  # does the file's header explain it?
         info = soundfile.info(os.path.join(root, paths[i]))
-        rate[i], padded[i] = info.samplerate, max(0, 1 - (info.duration - clips[i].start) / seconds)
+        rate[i], length[i] = info.samplerate, info.duration - clips[i].start
+    padded = (1 - length / seconds).clip(min=0)
     found = {
         "silent: peak below -80 dB": peak < 1e-4,
         "constant: an offset without sound": flat & (peak >= 1e-4) & (zeros < 0.5),
@@ -931,7 +908,8 @@ def examine(folder, root, clips, seconds, train_sd):
         "recording also in another split": counts(paths) > counts(list(zip(paths, splits)))}
     alike = counts(padded.round(2)) > len(rows) / 2
     usual = {"padded": not (alike & (padded > 0.25)).any(),  # short files of all lengths
-             "dull": dull.mean() > 0.5 and rate[dull].max() < 10000}  # most have such a rate
+             "dull": dull.mean() > 0.5 and rate[dull].max() < 10000  # most have such a rate, which
+                     and np.median(length) <= seconds}  # if wrong, would make the files longer
     odd = abs(mean) > 2 * train_sd or not train_sd / 4 < sd < 2 * train_sd
     print(f"{len(rows):8,} clips; input: mean {mean:.2f}, sd {sd:.2f}, in training 0 and {train_sd}"
           + ("  <- look at this" if odd else ""))
@@ -955,13 +933,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--model", default="logmel", choices=MODELS, metavar="NAME",
-         help=f"{', '.join(MODELS)} (default logmel)")
+    flag("--model", default="logmel", choices=MODELS, help="default logmel")
     flag("--data", default="demo", metavar="NAME", help="a line of datasets.txt (default demo)")
     flag("--checkpoint", metavar="FILE", help="use these weights (default: the official ones)")
     flag("--shots-seed", type=int, default=1, metavar="N", help="seed of BirdSet's few-shot clips")
-    flag("--device", choices=("cpu", "cuda"), help="default: cuda if there is one",
-         default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    flag("--device", choices=devices, default=devices[-1], help="default: cuda if there is one")
     flag("--precision", choices=("fp32", "fp16"), help="default: fp16 on cuda, fp32 on cpu")
     flag("--allow-bad", action="store_true", help="accept more than 1 %% missing or unreadable")
     flag("--overwrite", action="store_true", help="discard an existing dump and start over")
@@ -971,8 +948,6 @@ def main():
         raise Stop(f"unknown dataset {args.data}; datasets.txt has {' '.join(sets)}")
     if args.overwrite and WORLD > 1:
         raise Stop(f"--overwrite works with one process only; delete {folder} and drop the flag")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("no CUDA device found; drop --device")
     if args.device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     while RANK and not os.path.exists(folder):  # rank 0 downloads and creates what is missing

@@ -314,10 +314,9 @@ class EP(nn.Module):
 
     def evidence(self, tokens, cls=None):
         a = (self.queries() @ tokens.transpose(1, 2)).softmax(-1)            # (B, H, N)
-        shape = a.shape[1], -1
-        weight = torch.einsum("che,hed->hcd", self.linear.weight.unflatten(1, shape),
-                              self.value.weight.unflatten(0, shape))         # (H, C, D)
-        return sum(a[:, h, None] * (weight[h] @ tokens.transpose(1, 2)) for h in range(len(weight)))
+        value = self.value(tokens).unflatten(2, (a.shape[1], -1))            # (B, N, H, D/H)
+        weight = self.linear.weight.unflatten(1, value.shape[2:])            # (C, H, D/H)
+        return torch.einsum("bhn,bnhe,che->bcn", a, value, weight)
 
 class MHCA(EP):
     """Multi-head cross-attention with one learned query q (AIM's attentive probe): K = X W_K,
@@ -567,8 +566,7 @@ def open_dump(data, model, device):
     folder = max(found, key=os.path.getmtime).parent
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        # "c": nothing is written, but torch warns about read-only arrays
-        arrays = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
+        arrays = {f.stem: np.load(f, mmap_mode="c") for f in folder.glob("*.npy")}  # "r" warns
         tokens, labels, cls = arrays["tokens"], arrays["labels"], arrays.get("cls")
         with open(folder / "clips.csv", newline="", encoding="utf-8") as f:
             table = list(csv.DictReader(f))

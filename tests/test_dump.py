@@ -170,7 +170,7 @@ def run_ranks(world, *command):
     (0, 1, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])])
 def test_kills_and_ranks_change_no_byte(killed, ranks, torchrun, whole):
     want = np.load("whole/mine/logmel/tokens.npy")
-    for kill_at in (0, 3, 6, 12) if killed else ():  # a block has 7 writes, the last one marks it
+    for kill_at in (0, 3, 6, 12) if killed else ():  # a block has 4 writes, the last one marks it
         assert run_ranks(killed, "-c", KILLED, kill_at) == [-9] * killed
         marked = np.load(STATE) > 0
         assert np.array_equal(np.load(DUMP / "tokens.npy")[marked], want[marked])
@@ -237,7 +237,7 @@ def test_full_disk_full_memory_and_ctrl_c(module, name, after, error, code, whol
     assert extract_mine().returncode == 0 and content() == whole
 
 @pytest.mark.parametrize("args, keyword", [
-    (["--model", "eet"], "eat"), (["--data", "mien"], "mine"), (["--device", "cuda"], "CUDA"),
+    (["--model", "eet"], "eat"), (["--data", "mien"], "mine"), (["--device", "cuda"], "cuda"),
     (["--model", "asit"], "--checkpoint"), (["--model", "eat", "--checkpoint", "no.pt"], "no.pt"),
     (["--data", "absent"], "absent"), (["--data", "demo"], "demo.py"), (["--overwrite"], "one")])
 def test_mistakes_are_told_in_one_sentence(args, keyword):

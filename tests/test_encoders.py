@@ -105,7 +105,7 @@ def test_tokens_do_not_depend_on_the_batch_and_little_on_precision(model):
 @pytest.mark.parametrize("family, D", [("dasheng", 1280), ("eat", 1024)])
 def test_larger_siblings(family, D):
     ours = encoder(family, small(family, 1, D))
-    assert (ours.vit.blocks[0].attn.heads, len(ours.vit.blocks), ours.dim) == (16, 1, D)
+    assert (ours.vit.blocks[0].heads, len(ours.vit.blocks), ours.dim) == (16, 1, D)
 
 def test_dasheng_chunks_are_encoded_separately():
     """11 s are one full chunk of 1008 frames and 93 more, padded with 0 after the batch norm."""

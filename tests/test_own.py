@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import re
 from unittest import mock
@@ -72,6 +73,8 @@ def test_folders_that_are_refused(folder):
     refused(script("probe.py", "--data", "mine"), "--apply")
     pathlib.Path("datasets.txt").write_text("mine multi 1 3\n")
     refused(script("extract.py", "--data", "mine"), "data/mine", "says 3")
+    (folder / os.fsdecode(b"caf\xe9.wav")).write_bytes(b"RIFF")
+    refused(script("extract.py", "--data", "mine"), "caf", "utf-8")
 
 # ---- what the dump says of its input
 def resampled_from_8_khz(x):
