@@ -159,9 +159,7 @@ class ProtoFloat(ProtoBin):
 
 class Proto(ProtoFloat):
     """Prototypes bound to their class (Bird-MAE's head): each class sees its own M of them,
-
-        logits_c = sum_m relu(W_cm) relu(s_cm) + b_c,  W from 1, b from -2, p from [0, 1)
-
+    logits_c = sum_m relu(W_cm) relu(s_cm) + b_c. W starts at 1, b at -2, p in [0, 1).
     K*D + K + C parameters; penalty() keeps a class's prototypes apart. [official code: Bird-MAE],
     without its x2 upsampling, focal subtraction and constants inside the cosine [ours]."""
     betas = 0.9, 0.95  # of AdamW [official code: Bird-MAE]; 0.999 keeps the large early gradients
@@ -344,7 +342,6 @@ HEADS = {"linear": Linear, "mean": Mean, "mlp": MLP, "linearc": LinearC, "conv":
 MEANS = {"linear", "mean", "mlp", "linearc", "linpre"}  # need tokens only as their mean over time
 
 def default_lr(pool, K):
-    """LR, lowered where protobin or protofloat has more than a thousand prototypes."""
     return max(2e-3, min(LR[pool], LR_K / K)) if pool in ("protobin", "protofloat") else LR[pool]
 
 def load_head(file, fold=None):
@@ -429,17 +426,15 @@ def frames(head, meta, tokens):
 def run(work, settings, dump, source, kinds):
     """Train a head on every fold, test each clip once, and write the files of a run into `work`,
     of kinds logits, evidence, frames. source: tokens, or their means (clips, F, D) for MEANS.
-    Returns what run.json says. Raises Stop for numbers that are not finite."""
+    Returns what run.json says. Raises Stop for numbers that are not finite. float16: see MaxCos."""
     pool, device = settings["pool"], dump.device
     (_, N, D), C, (T, F) = dump.tokens.shape, dump.labels.shape[1], dump.meta["grid"]
     sizes = D, C, (T, F), settings["prototypes"]  # what a head is built from
-    # protobin's products of halves are exact, see MaxCos
     dtype = torch.float16 if (pool, device) == ("protobin", "cuda") else torch.float32
     rows = torch.cat([test for _, test in dump.folds.values()])
-    shapes = {"logits": ("f4", C), "evidence": ("f2", C, N), "frames": ("f2", T, C)}
-    files = {kind: np.lib.format.open_memmap(f"{work}/{kind}.npy", "w+", bits, (len(rows), *shape))
-             for kind, (bits, *shape) in shapes.items() if kind in kinds}
-    heads, losses, seconds, done = {}, {}, 0, 0
+    heads, losses, seconds, done, n = {}, {}, 0, 0, len(rows)
+    form = {"logits": ("f4", (n, C)), "evidence": ("f2", (n, C, N)), "frames": ("f2", (n, T, C))}
+    files = {k: np.lib.format.open_memmap(f"{work}/{k}.npy", "w+", *form[k]) for k in kinds}
     for fold, (train_rows, test_rows) in dump.folds.items():
         torch.manual_seed(settings["seed"])  # before the head: seeds draw the initialization too
         head = heads[fold] = HEADS[pool](*sizes).to(device)
@@ -460,7 +455,7 @@ def run(work, settings, dump, source, kinds):
     clips = "".join("{} {}\n".format(*dump.clips[row]) for row in rows.sort().values)
     info = settings | {
         "classes": dump.classes, "encoder": dump.encoder,
-        "tested": f"{len(rows)} ({hashlib.md5(clips.encode()).hexdigest()[:6]})",
+        "tested": f"{n} ({hashlib.md5(clips.encode()).hexdigest()[:6]})",
         "parameters": sum(p.numel() for p in head.parameters()), "losses": losses,
         "seconds_per_epoch": seconds, "device": torch.cuda.get_device_name() if device == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
@@ -507,16 +502,15 @@ def apply_head(file, dump, threshold, overwrite):
     probability = torch.sigmoid if multi else nn.Softmax(-1)
     seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
     edges = [t * step for t in range(T) if t * step < seconds] + [seconds]   # of the time steps
-    readable = [row for row, split in enumerate(dump.splits) if split is not None]
+    rows = sorted((i for i, split in enumerate(dump.splits) if split), key=dump.clips.__getitem__)
     shutil.rmtree(out + ".new", ignore_errors=True)
     os.makedirs(out + ".new")
     with open(f"{out}.new/scores.csv", "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(["path", "start", "end", *classes])
-        for path, rows in itertools.groupby(sorted(readable, key=dump.clips.__getitem__),
-                                            key=lambda row: dump.clips[row][0]):
+        for path, group in itertools.groupby(rows, lambda row: dump.clips[row][0]):
             active = []  # time steps: (onset, offset, label, probability)
-            for at, tokens in batches(dump.tokens, torch.tensor(list(rows)), dump.device):
+            for at, tokens in batches(dump.tokens, torch.tensor(list(group)), dump.device):
                 logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
                 steps = logits[:, None].expand(-1, T, -1)                    # (B, T, C)
                 if dump.cls is None or hasattr(heads[0], "evidence"):
@@ -530,7 +524,7 @@ def apply_head(file, dump, threshold, overwrite):
             write_tracks(out + ".new", path, active)
     shutil.rmtree(out, ignore_errors=True)
     os.rename(out + ".new", out)
-    print(f"{out}; {len(dump.splits) - len(readable)} unreadable clips are left out")
+    print(f"{out}; {len(dump.splits) - len(rows)} unreadable clips are left out")
 
 def write_tracks(folder, path, active):
     """Join time steps (onset, offset, label, probability) of a recording that touch or overlap, and
