@@ -114,7 +114,7 @@ def resamples(recordings, number=RESAMPLES):
     """(clips, number) float32: each column is 1 for a random half of the recordings, else 0. The
     same recordings give the same columns, so that any two heads can be paired.
     Whole recordings, since clips of one file are not independent. Halves (delete-half jackknife:
-    Shao & Tu 1995, ch. 2), no bootstrap: a positive drawn twice raises its own precision."""
+    Shao & Tu 1995, ch. 2), not a bootstrap: a positive drawn twice raises its own precision."""
     group = np.unique(recordings, return_inverse=True)[1]
     key = np.random.default_rng(0).random((group.max() + 1, number))
     return (key < np.median(key, 0)).astype(np.float32)[group]
@@ -176,8 +176,8 @@ def read_dump(data, model):
                            starts=starts, recordings=recordings)
 
 def read_run(folder, dump):
-    """A seed: folder, info (run.json), rows (n,) ascending, logits (n, C), and order, which sorts
-    other files of the run in the same way. Raises Stop with the reason if it cannot be scored."""
+    """A run of one seed: folder, info (run.json), rows (n,) ascending, logits (n, C), and order,
+    which sorts its other files the same way. Raises Stop with the reason if it cannot be scored."""
     clips, C = dump.labels.shape
     info, rows = read(f"{folder}/run.json"), read(f"{folder}/rows.npy", "iu").ravel()
     logits, order = read(f"{folder}/logits.npy", "f", (len(rows), C)), np.argsort(rows)
@@ -195,7 +195,7 @@ def read_run(folder, dump):
 
 def read_heads(root, *wanted):
     """[head]: dump, pool, name (columns of a table), rows, labels, and runs, its seeds, all tested
-    on the same clips. wanted: data, model, pool, each NAME[,NAME...] or None. Names bad runs."""
+    on the same clips. wanted: data, model, pool, each NAME[,NAME...] or None. Skips bad runs."""
     dumps, heads = {}, {}
     for path in sorted(glob.glob("*/*/*/seed*", root_dir=root)):
         data, model, pool = names = re.split(r"[\\/]", path)[:3]
@@ -229,7 +229,7 @@ def fingerprint(dump, rows):
 # ---- tables: lists of rows {column: value}
 
 def score_table(heads):
-    """A row per head, mean over seeds, after one for a head that knows nothing."""
+    """A row per head, mean over seeds; above the heads of a dump, one for a constant score."""
     table = []
     for before, head in zip([None, *heads], heads):
         task, labels, runs = head.dump.task, head.labels, head.runs
@@ -369,8 +369,8 @@ def event_f1(true, scores):
     return values
 
 def localize_table(heads, valid_heads):
-    """Score frames.npy against known onsets, macro over classes; for comparison random scores and
-    the clip's logit at each step. frame mAP: a frame is one step, its label is whether an event
+    """Score frames.npy against known onsets, macro over classes, next to random scores and the
+    clip's own logit at each step. frame mAP: a frame is one step, its label is whether an event
     covers its center. segment mAP: mean score of each second, whether an event touches it. event
     F1: see event_f1; the threshold of a class is logit 0, or, where <runs>_valid has frames.npy of
     the same head, the one with the best F1 there."""

@@ -1,4 +1,4 @@
-"""Train ONE pooling head on the frozen tokens of a dump, with fixed hyperparameters.
+"""Train pooling heads on the frozen tokens of a dump, with fixed hyperparameters.
 
 Paper: "Unmute the Patch Tokens" (ICLR 2026, arXiv 2509.24901), section 3. A head turns the token
 map of a clip into logits; protobin, the paper's head, takes the best cosine between any token and
@@ -29,7 +29,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-# Idle OpenMP threads would spin: on a busy machine, a run takes 20 times as long.
+# Idle OpenMP threads would spin, and on a busy machine a run would take 20 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import numpy as np
@@ -51,7 +51,7 @@ MEMORY = 0.6        # share of a GPU's free memory that resident tokens may take
 AHEAD = 3           # batches read ahead from the file for a GPU, in as many threads [ours]
 
 # Peak learning rate of the cosine schedule [ours]. The paper searches one per head, encoder and
-# dataset (1e-4..7e-3, prototype heads 2e-3..8e-2) and does not print it. These have the best macro
+# dataset (1e-4..7e-3, prototype heads 2e-3..8e-2) but does not list it. These have the best macro
 # mAP on valid, averaged over three datasets (conv: two); tests/BENCH.md has the tables.
 LR = {"linear": 7e-3, "mean": 7e-3, "mlp": 1e-3, "linearc": 3e-3, "conv": 1e-3, "linpre": 1e-3,
       "abmilp": 7e-3, "simpool": 7e-3, "ep": 3e-3, "mhca": 3e-3, "proto": 8e-2,
@@ -66,15 +66,15 @@ class Stop(Exception):
 
 # ---- heads: built as Head(D, C, grid, M); called as head(tokens (B, N, D), cls (B, D)) -> (B, C)
 #
-# grid is (T, F); cls None without [cls]. evidence(tokens) -> (B, C, N), where a head has it: what
+# grid is (T, F); cls is None without [cls]. evidence(tokens) -> (B, C, N), if a head has it: what
 # each token added to each class's logit, so that logits - evidence.sum(-1) is equal for all clips.
-# To copy a head, copy its class and base classes. To add one: a class, HEADS, LR; MEANS if it needs
-# only the mean over time, which it then gets, (B, F, D). Heads named proto... get M.
+# To copy a head, copy its class and bases (proto...: also MaxCos, half_product, TILE). To add one:
+# a class, HEADS, LR; MEANS if it needs only the mean over time, (B, F, D). Heads proto... get M.
 
 class MaxCos(torch.autograd.Function):
     """tokens (B, N, D), unit p (K, D) -> max_n cos(x_n, p_k) and its n, both (B, K).
 
-    Exact, without a (B, N, K) tensor: a few clips at a time, keeping only the best token's index;
+    Exact, without a (B, N, K) tensor: a few clips at a time, keeping each prototype's best token;
     backward sums those tokens, dp_k = sum_b g_bk x_b,n(b,k) / |x|. Tokens get no gradient. float16
     tokens need p = +-1/sqrt(D): half times +-1, summed in float32, rounds no more than float32."""
 
@@ -162,7 +162,7 @@ class Proto(ProtoFloat):
     logits_c = sum_m relu(W_cm) relu(s_cm) + b_c. W starts at 1, b at -2, p in [0, 1).
     K*D + K + C parameters; penalty() keeps a class's prototypes apart. [official code: Bird-MAE],
     without its x2 upsampling, focal subtraction and constants inside the cosine [ours]."""
-    betas = 0.9, 0.95  # of AdamW [official code: Bird-MAE]; 0.999 keeps the large early gradients
+    betas = 0.9, 0.95  # AdamW's [official code: Bird-MAE]; 0.999 averages in large early gradients
 
     def __init__(self, D, C, grid=None, M=20):
         nn.Module.__init__(self)  # not ProtoBin's
@@ -348,7 +348,7 @@ def load_head(file, fold=None):
     """The trained head of a head.pt (of its first fold, if it has several), ready to use."""
     saved = torch.load(file, weights_only=True)
     head = HEADS[saved["pool"]](*saved["sizes"])
-    head.load_state_dict(saved["folds"][fold or next(iter(saved["folds"]))])
+    head.load_state_dict(saved["folds"][next(iter(saved["folds"])) if fold is None else fold])
     return head.eval()
 
 
@@ -424,7 +424,7 @@ def frames(head, meta, tokens):
                         for t in range(maps.shape[1])], 1)
 
 def run(work, settings, dump, source, kinds):
-    """Train a head on every fold, test each clip once, and write the files of a run into `work`,
+    """Train a head per fold, test each clip once, and write the files of a run into `work`,
     of kinds logits, evidence, frames. source: tokens, or their means (clips, F, D) for MEANS.
     Returns what run.json says. Raises Stop for numbers that are not finite. float16: see MaxCos."""
     pool, device = settings["pool"], dump.device
@@ -524,7 +524,7 @@ def apply_head(file, dump, threshold, overwrite):
             write_tracks(out + ".new", path, active)
     shutil.rmtree(out, ignore_errors=True)
     os.rename(out + ".new", out)
-    print(f"{out}; {len(dump.splits) - len(rows)} unreadable clips are left out")
+    print(f"{out}: scores of {len(rows)} clips; {len(dump.splits) - len(rows)} are unreadable")
 
 def write_tracks(folder, path, active):
     """Join time steps (onset, offset, label, probability) of a recording that touch or overlap, and
@@ -563,24 +563,23 @@ def open_dump(data, model, device):
         arrays = {f.stem: np.load(f, mmap_mode="c") for f in folder.glob("*.npy")}  # "r" warns
         tokens, labels, cls = arrays["tokens"], arrays["labels"], arrays.get("cls")
         with open(folder / "clips.csv", newline="", encoding="utf-8") as f:
-            table = list(csv.DictReader(f))
-        splits, clips = zip(*((clip["split"], (clip["path"], float(clip["start"])))
-                              for clip in table))
+            splits, clips = zip(*((clip["split"], (clip["path"], float(clip["start"])))
+                                  for clip in csv.DictReader(f)))
         classes = (folder / "classes.txt").read_text("utf-8").splitlines()
-        n, D, (T, F), task = len(table), tokens.shape[-1], meta["grid"], meta["task"]
+        n, D, (T, F), task = len(clips), tokens.shape[-1], torch.Size(meta["grid"]), meta["task"]
         state = arrays.get("state", np.ones(n))
         rules = {
-            f"tokens.npy is {tokens.dtype} {tokens.shape}, not float16 {(n, T * F, D)}":
-                tokens.dtype == np.float16 and tokens.shape == (n, T * F, D),
+            f"tokens.npy is {tokens.dtype} {tokens.shape}, not float16 {n, T * F, D}, grid {T, F}":
+                tokens.dtype == np.float16 and tokens.shape == (n, T * F, D) and min(T, F, D) > 0,
             f"labels.npy is {labels.shape}, not {(n, len(classes))} integers, 0 or 1":
                 labels.shape == (n, len(classes)) and labels.dtype.kind in "bui"
                 and np.isin(labels, (0, 1)).all(),
-            f"cls.npy is not {(n, D)}, or state.npy not {(n,)}":
-                (cls is None or cls.shape == (n, D)) and state.shape == (n,),
+            f"cls.npy is not float {(n, D)}":
+                cls is None or cls.shape == (n, D) and cls.dtype.kind == "f",
             "each row of clips.csv needs a split": all(splits),
             "task must be multi, or single with one class per clip":
                 task == "multi" or task == "single" and (labels.sum(1) == 1).all(),
-            "extract.py is not done, run it again": state.all(),
+            "extract.py is not done, run it again": state.shape == (n,) and state.all(),
             "no clip is readable": (state != 2).any()}
         broken = [rule for rule, kept in rules.items() if not kept]
     except Exception as e:  # numpy, csv and json have their own errors for damaged files
@@ -593,13 +592,14 @@ def open_dump(data, model, device):
                                       if array is not None for i in (0, n // 2, -1)))
     has_cls = cls is not None and meta.get("cls") != "mean"  # heads compute the mean in float32
     meta = {"model": folder.name} | meta | {"cls": "cls" if has_cls else "mean"}
-    sha256 = (meta.get("checkpoint") or {}).get("sha256")
+    checkpoint = meta.get("checkpoint")  # a dict, if extract.py wrote it
+    weights = checkpoint.get("sha256") if isinstance(checkpoint, dict) else checkpoint
     return SimpleNamespace(
         data=folder.parts[1], name="/".join(folder.parts[1:]), device=device, meta=meta,
-        encoder=f"{meta['model']} ({meta['cls']}, F = {F}, D = {D}, weights {str(sha256)[:12]})",
+        encoder=f"{meta['model']} ({meta['cls']}, F = {F}, D = {D}, weights {str(weights)[:12]})",
         tokens=tokens, classes=classes, clips=clips, splits=np.where(state == 2, None, splits),
-        labels=torch.from_numpy(labels).to(device, torch.float32),
-        cls=torch.from_numpy(cls).to(device, torch.float32) if has_cls else None,
+        labels=torch.from_numpy(labels.astype(np.float32)).to(device),  # any byte order
+        cls=torch.from_numpy(cls.astype(np.float32)).to(device) if has_cls else None,
         tokens_md5=tokens_md5.hexdigest(), labels_md5=labels_md5.hexdigest())
 
 def make_folds(splits, valid):

@@ -138,7 +138,7 @@ def test_examination_survives_a_stop(folder):
 
 # ---- a trained head on other recordings
 def trained(pool="protobin", task="multi", folds=False, cls=None):
-    """Train on data `d`; `field` has the same tokens, unlabelled, as 30 recordings of three clips.
+    """Train on data `d`; `field` has the same tokens, unlabeled, as 30 recordings of three clips.
     Clip i of d is clip i // 30 of recording i % 30."""
     tokens, labels = planted(90, N=T * F)
     labels = np.eye(4)[np.argmax(labels, 1)] if task == "single" else labels
