@@ -13,8 +13,8 @@ Writes   tokens/<data>/<model>/: clips.csv, classes.txt, meta.json, checks.npy, 
     python extract.py --model eat --data esc50    # any encoder, any line of datasets.txt
     torchrun --nproc_per_node=8 extract.py --model eat --data fsd50k
 
-Kill it at any moment; the same command resumes. Given the same random weights, tokens match those
-of the official code to 1e-5. Constants are marked [official code], [ours], or [?], a guess.
+Kill it at any time; the same command resumes. Given the same random weights, tokens match those of
+the official code to 1e-5. Constants are marked [official code], [ours], or [?], a guess.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import time
 import urllib.parse
 import urllib.request
 
-# Idle OpenMP threads would spin: on a busy machine, extraction takes 3 times as long.
+# Otherwise idle OpenMP threads spin: on a busy machine, extraction takes 3 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 import numpy as np
@@ -56,10 +56,10 @@ LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the
 CHUNK = 1008                         # frames Dasheng encodes at once, 252 tokens [official code]
 STEP = 32                            # EAT, ASiT: frames are rounded up to a multiple of it [ours]
 BLOCK = {"cpu": 8, "cuda": 64}       # 10 s clips in a batch, also the unit of resuming [ours]
-WRITERS = 3                          # blocks that are written at once, each by a thread [ours]
+WRITERS = 3                          # threads that write, each a whole block [ours]
 MAX_BAD = 0.01                       # accepted share of missing or unreadable clips [ours]
 UNEVEN = 2000                        # largest rate / gcd(rate, RATE): kernels grow with it [ours]
-AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # tried if the file that a table names is missing [ours]
+AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # also tried in place of a missing file [ours]
 SPLITS = {"training": "train", "dev": "train", "val": "valid", "validate": "valid",
           "validation": "valid", "eval": "test", "evaluation": "test", "testing": "test",
           "train": "train", "valid": "valid", "test": "test"}  # one spelling per split [ours]
@@ -72,7 +72,7 @@ Model = collections.namedtuple("Model", "family file sha256")
 # none is published. [?] which BEATs, A-MAE+ (AS-20k or AS-2M) and EAT (epoch 30 or 10) the paper
 # used. beats_iter3 is in a co-author's code; BEATs comes from a mirror, as its official links need
 # a browser. A new family also needs NORM, IGNORED, RENAMES, to_common and its switches in ViT and
-# Encoder; what is no ViT is easier to bring as tokens (README, Your own encoder).
+# Encoder; for anything but a ViT, bring its tokens instead (README, Your own encoder).
 MODELS = {
     "logmel": Model("logmel", "", ""),  # 16 x 16 patches of the log-mel, no network [ours]
     "random": Model("eat", "", ""),     # EAT without pretraining [ours]
@@ -121,8 +121,8 @@ def kaldi_fbank(waves, filters, povey=False):
     return (power @ filters).clamp(LOG_FLOOR).log()
 
 def decibel_mel(waves, filters):
-    """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The floor of 120 dB
-    is per clip: with AmplitudeToDB's, over a batch, a clip would depend on its neighbors."""
+    """Dasheng's 64 mel bins in dB: (B, samples) -> (B, 1 + samples // 160, 64). The floor, 120 dB
+    below the peak, is per clip: AmplitudeToDB's is per batch, so clips would affect each other."""
     window = torch.hann_window(FFT, device=waves.device)
     spec = torch.stft(waves, FFT, HOP, window=window, pad_mode="reflect", return_complex=True)
     power = torch.view_as_real(spec).square().sum(-1).transpose(1, 2)        # (B, T, 257)
@@ -249,8 +249,8 @@ def read_checkpoint(file):
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}  # drops EAT's _ema
 
 def to_common(state, family):
-    """Official keys and layouts -> the ViT's: fused qkv, cls (D,), pos (rows, D), first [cls]'s,
-    time-major patch kernels, weight norm folded in. KeyError or ValueError: of another family."""
+    """Official keys and layouts -> the ViT's: fused qkv, cls (D,), pos (rows, D), [cls] first,
+    time-major patch kernels, weight norm folded in. KeyError or ValueError: another family's."""
     if (family == "eat") != any("extra_tokens" in key for key in state):
         raise ValueError("EAT and SSLAM have extra_tokens, the others do not")
     out = {}
@@ -275,7 +275,7 @@ def to_common(state, family):
     return out
 
 def random_state():
-    """EAT-base with seeded random weights, in common keys: what is left without pretraining [ours].
+    """EAT-base with seeded random weights, in common keys: the baseline without pretraining [ours].
     Positions are EAT's fixed sin-cos rows (t * 8 + f), the first half of the columns for f."""
     D, g, out = 768, torch.Generator().manual_seed(0), {}
     n = torch.arange(6144)
@@ -305,12 +305,12 @@ def resize_rows(pos, T):
 class Encoder:
     """Frozen encoder for clips of one length: encoder(waves (B, samples)) -> tokens (B, N, D),
     cls (B, D) or None, N = T*F, tokens time-major. Attributes: grid (T, F), dim, has_cls,
-    token_seconds, device. Raises Stop for a wrong checkpoint and for clips too short or too long.
-
-    Input length [official code]: A-MAE always 1024 frames; EAT, SSLAM and ASiT the clip's frames
-    rounded up to STEP (1024 for 10 s, 512, 128 for 1 s); BEATs and logmel as they are; Dasheng in
-    CHUNKs. Padding is 0 in log-mel before normalizing, as upstream. Time steps that cover only
-    padding are dropped, except the 64th of a 10 s clip, part of the paper's 64 x 8 map."""
+    token_seconds, device. Without a file, it downloads the official one. Raises Stop for a wrong
+    checkpoint and for clips too short or too long. Input length [official code]: A-MAE always 1024
+    frames; EAT, SSLAM and ASiT the clip's frames rounded up to a multiple of STEP (1024 for 10 s,
+    512 for 5 s, 128 for 1 s); BEATs and logmel the clip's frames; Dasheng chunks of CHUNK. Padding
+    is 0 in log-mel before normalizing, as upstream. Time steps that cover only padding are dropped,
+    except the 64th of a 10 s clip, part of the paper's 64 x 8 map."""
 
     def __init__(self, model, file=None, seconds=10.0, device="cpu", precision="fp32"):
         self.family, self.device, self.half = MODELS[model].family, device, precision == "fp16"
@@ -326,15 +326,15 @@ class Encoder:
         self.filters = mel_filters("htk" if self.family == "dasheng" else "kaldi").to(device)
         self.dim, self.has_cls, self.vit, limit = 256, False, None, math.inf
         if self.family != "logmel":
-            self.load(model, file)
+            self.load(model, file or find_checkpoint(model, None)[0])
             self.dim, self.has_cls = len(self.vit.blocks[0].norm1.weight), self.vit.cls is not None
             limit = (len(self.vit.pos) - 1) // 8 * 16 if self.has_cls else math.inf
-        if self.grid[0] < 1 or max(frames, self.frames) > limit:
+        if self.grid[0] < 1 or samples < FFT or max(frames, self.frames) > limit:
             bound = "too short" if frames < 16 else f"longer than {limit / 100:g} s, too long"
             raise Stop(f"clips of {seconds:g} s are {bound} for {model}; see datasets.txt")
 
     def load(self, model, file):
-        """Set vit, and Dasheng's scale and shift (64,); without a file, at random. Raises Stop."""
+        """Set vit, and Dasheng's scale and shift (64,). file: None for random. Raises Stop."""
         try:
             state = to_common(read_checkpoint(file), self.family) if file else random_state()
             if self.family == "asit":
@@ -347,9 +347,9 @@ class Encoder:
                 self.vit = ViT(state, self.family, norm=model != "amae+")
             self.vit.load_state_dict(state, assign=True)
         except Exception as e:  # damaged files and those of other models raise different errors
-            what = f"{type(e).__name__}: {' '.join(str(e).split('. ')[0].split())[:200]}"
-            raise Stop(f"{file} cannot be read as a checkpoint of {model} ({what}); check --model "
-                       f"and --checkpoint, or download it again")
+            raise Stop(f"{file} cannot be read as a checkpoint of {model} ({type(e).__name__}: "
+                       f"{' '.join(str(e).split('. ')[0].split())[:200]}); check --model and "
+                       f"--checkpoint, or download it again")
         self.vit.eval().requires_grad_(False).to(self.device)
         if self.half:  # once, or autocast would do it in every batch
             for module in self.vit.modules():
@@ -410,7 +410,7 @@ def find_checkpoint(model, file):
 
 # ---- audio -> waveform
 
-resampler = functools.lru_cache(16)(torchaudio.transforms.Resample)  # makes its kernel only once
+resampler = functools.lru_cache(16)(torchaudio.transforms.Resample)  # each kernel is made only once
 
 def read_wave(file, start, seconds):
     """float32 (seconds * RATE,) at most: mean of channels, resampled, cropped at the end. Raises
@@ -462,24 +462,24 @@ def one_core(device):
 
 # ---- datasets
 #
-# A reader has its dataset's name. It yields (path below root, split, labels[, start, (onset,
-# offset)], which may be "") from the unpacked tables. "**/name" is a file anywhere below root. A
-# repeated clip keeps its first split and gains labels. A row without path only adds classes.
+# A reader is named after its dataset and yields (path below root, split, labels[, start, (onset,
+# offset)]) from the unpacked tables; an unknown time is "". The path "**/name" is a file anywhere.
+# A repeated clip keeps its first split and gains labels. A path of None only adds classes.
 
 def table(file, columns, *optional, header=True):
     """Rows of a .csv (commas) or any other file (tabs), without # comment lines: the columns "a,b"
     and optional ones ("" if missing). Without a header, the file has just these. Raises Stop."""
     columns = columns.split(",")
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(("\n" if line.startswith("#") else line for line in lines),
-                              None if header else columns, skipinitialspace=True,
-                              delimiter="," if file.endswith(".csv") else "\t")
-        try:
-            rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-            for row in rows:  # None: the key of superfluous cells, the value of missing ones
-                if None in (*row, *row.values()) or not set(columns) <= set(row):
+        rows = csv.reader(("\n" if line.startswith("#") else line for line in lines),
+                          delimiter="," if file.endswith(".csv") else "\t", skipinitialspace=True)
+        try:  # comments and blank lines are empty rows
+            names = [name.strip() for name in next(filter(None, rows), [])] if header else columns
+            for row in filter(None, rows):
+                if len(row) != len(names) or any(names.count(name) != 1 for name in columns):
                     raise ValueError(f"row {str(row)[:200]} does not match the header; it needs "
                                      f"{columns}, and cells with commas need quotes")
+                row = dict(zip(names, row))
                 yield [row.get(name, "").strip() for name in (*columns, *optional)]
         except (ValueError, csv.Error) as e:
             raise Stop(f"{file}:{rows.line_num}: {e}; fix the line, and save the file as UTF-8")
@@ -495,7 +495,7 @@ def manifest(root):
 
 def recordings(root, seconds):
     """Without manifest.csv: every audio file below root, cut into clips, the last one zero-padded,
-    all of the split test, without labels. Raises Stop."""
+    all in split test, without labels. Raises Stop."""
     for path in sorted(glob.glob("**", root_dir=root, recursive=True)):  # not .hidden files
         if path.lower().endswith(AUDIO):
             try:
@@ -530,7 +530,7 @@ def desed_public(root, tsv="eval/public.tsv", folder="audio/eval/public", split=
         path = f"{folder}/{name}"
         yield path, split or drawn(path), [label], 0, times
 
-def spass(root, merged={}):  # [?] the names of the columns of times
+def spass(root, merged={}):  # [?] the names of the time columns
     for file in sorted(glob.glob(f"{root}/?_MatrixLabels*.csv")):
         for name, label, *times in table(file, "audio_filename,class", "start (s)", "end (s)"):
             yield f"**/{name}", drawn(name), [merged.get(label, label)], 0, times
@@ -556,7 +556,7 @@ def sc2(root):
     for file, split in (("testing_list.txt", "test"), ("validation_list.txt", "valid")):
         for path, in table(f"{root}/{file}", "path", header=False):
             yield path, split, [path.split("/")[0]]
-    for path in sorted(pathlib.Path(root).glob("[a-z]*/*.wav")):  # those above keep theirs
+    for path in sorted(pathlib.Path(root).glob("[a-z]*/*.wav")):  # listed files keep their split
         yield "/".join(path.parts[-2:]), "train", [path.parts[-2]]
 
 def fsdd(root):
@@ -615,7 +615,7 @@ def read_clips(root, rows, task):
     clips, missing, classes, events, row = {}, {}, set(), [], "the first row"
     try:
         for row in rows:
-            wanted, split, labels, start, times = (*row, 0, None)[:5]
+            wanted, split, labels, start, span = (*row, 0, 0)[:5]  # span 0: no event
             labels = {label.strip() for label in labels} - {""}
             classes |= labels
             if wanted is None:
@@ -623,16 +623,16 @@ def read_clips(root, rows, task):
             split, start = SPLITS.get(split.lower(), split), float(start or 0)
             if not split or not 0 <= start < math.inf or re.search("[;\r\n]", "".join(labels)):
                 raise ValueError("it needs a split, a start of 0 s or more and labels without ;")
-            wanted.encode()  # raises for a name that is not UTF-8
             path = find_audio(root, wanted)
             if path is None:
                 missing.setdefault((wanted, start), split)
                 continue
+            path.encode()  # raises for a name that is not UTF-8
             clips.setdefault((path, start), Clip(path, start, split, set())).labels.update(labels)
-            onset, offset = (float(time or 0) for time in times or (0, 0))
+            onset, offset = (float(time or 0) for time in span or (0, 0))
             if not 0 <= onset <= offset < math.inf:
                 raise ValueError("its event needs 0 <= onset <= offset, in seconds")
-            events += [(path, onset, offset, name) for name in sorted(labels) if times and times[0]]
+            events += [(path, onset, offset, x) for x in sorted(labels) if offset and span[0] != ""]
     except (ValueError, KeyError) as e:  # KeyError: a column of a parquet file
         raise Stop(f"{root}: {str(row)[:200]} cannot be used ({e}); fix the table")
     for clip in clips.values():
@@ -660,8 +660,8 @@ def files_by_name(root):
     return found
 
 def read_datasets(file="datasets.txt"):
-    """{name: (task, seconds, classes, urls)}. {01..03} in a URL counts; one without :// lies beside
-    the one before it; indented lines continue. Raises Stop with file:line."""
+    """{name: (task, seconds, classes, urls)}. {01..03} in a URL counts up; without ://, a URL is
+    relative to the last one; indented lines continue. Raises Stop with file:line."""
     sets, urls, text = {}, [], pathlib.Path(file).read_text("utf-8-sig", "replace")
     for row, line in enumerate(text.splitlines(), 1):
         words = re.sub(r"(^|\s)#.*", "", line).split()
@@ -735,8 +735,8 @@ RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RAN
 WORLD, LOCAL_WORLD = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 def open_dump(folder, meta, clips, classes, events):
-    """Create the dump, all or nothing, or leave the existing one as it is. Raises Stop, naming what
-    differs, if that has other settings; versions and the checkpoint's path may differ."""
+    """Create the dump, all or nothing, or leave an existing one as it is. Raises Stop, naming what
+    differs, if it has other settings; versions and the checkpoint's path may differ."""
     if os.path.exists(folder):
         def settings(meta):
             sha256 = meta["checkpoint"] and meta["checkpoint"]["sha256"]
@@ -827,7 +827,7 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
             done = torch.cuda.current_stream().record_event(
                 torch.cuda.Event(blocking=True)) if gpu else None
             saving.append(writers.submit(save_block, folder, block, failed, arrays, done))
-            if len(saving) > WRITERS:  # no more blocks than these wait in memory
+            if len(saving) > WRITERS:  # no more blocks wait in memory
                 writing += saving.popleft().result()
             bar.update(len(block))
         writing += sum(job.result() for job in saving)
@@ -846,7 +846,7 @@ def refuse_bad(most_bad, paths):
 # ---- the report
 
 def print_report(clips, missing, state, classes):
-    """One row per split. Prevalence: mean share of clips per class, a constant's macro mAP."""
+    """One row per split. Prevalence: mean share of clips per class, the macro mAP of a constant."""
     print(f"{'split':>12} {'clips':>8} {'missing':>8} {'unreadable':>11} {'prevalence':>11}")
     for split in dict.fromkeys([*(clip.split for clip in clips), *missing.values()]):
         here = [(clip, s) for clip, s in zip(clips, state) if clip.split == split]
@@ -855,19 +855,20 @@ def print_report(clips, missing, state, classes):
         print(f"{split:>12} {len(good):8,} {list(missing.values()).count(split):8,} "
               f"{len(here) - len(good):11,} {labels:11.1%}")
 
-CHECKS = "audio peak flat zeros clipped high mean square change".split()  # columns of checks.npy
+# columns of checks.npy, filled by describe, read by examine: a new check changes all three
+CHECKS = "audio peak flat zeros clipped high mean square change".split()
 
 def describe(waves, spec, tokens, grid):
-    """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, CHECKS), from a part
-    of the values; 17 shares no factor with the number of mel bins or the period of a usual tone."""
+    """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, 9), see CHECKS. From a
+    part of the values: 17 shares no factor with the number of mel bins or a usual tone's period."""
     some, spec = waves[:, ::17].contiguous(), spec.flatten(1)[:, ::17]
     maps, bits = tokens.unflatten(1, grid)[..., :16], some.view(torch.int32).long()
-    odd = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)
-    frames = waves[:, :waves.shape[1] // FFT * FFT].unflatten(1, (-1, FFT))
-    frames = frames[:, ::frames.shape[1] // 32 + 1] * torch.hann_window(FFT, device=waves.device)
+    factors = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)        # odd
+    frames = waves.unfold(1, FFT, FFT)[:, ::waves.shape[1] // FFT // 32 + 1]  # (B, <= 32, FFT)
+    frames = frames * torch.hann_window(FFT, device=waves.device)
     power = torch.view_as_real(torch.fft.rfft(frames)).square().sum((1, 3))  # (B, 257)
     return torch.stack([figure.double() for figure in (
-        (bits * odd).sum(1) % 2 ** 48,                # hash of the audio, small enough for float64
+        (bits * factors).sum(1) % 2 ** 48,            # hash of the audio, small enough for float64
         some.abs().amax(1),                           # peak
         (some.diff().abs() < 1e-6).float().mean(1),   # share of values equal to the one before
         (some == 0).float().mean(1),                  # share of zeros
@@ -887,7 +888,7 @@ def examine(folder, root, clips, seconds, train_sd):
         raise Stop(f"{folder}: no clip could be read; see the reasons above")
     audio, peak, flat, zeros, clipped, high, mean, square, change = checks[rows].T
     clips, mean, flat = [clips[row] for row in rows], mean.mean(), flat > 0.99
-    sd, same, dull = (square.mean() - mean ** 2) ** 0.5, counts(audio), ~flat & (high < 1e-5)
+    sd, same, dull = max(0, square.mean() - mean ** 2) ** 0.5, counts(audio), ~flat & (high < 1e-5)
     splits, paths = [clip.split for clip in clips], [clip.path for clip in clips]
     rate, length = np.full(len(rows), RATE), np.full(len(rows), seconds)
     for i in np.flatnonzero(dull | (zeros > 0.25)):  # does the file's header explain it?
@@ -906,23 +907,22 @@ def examine(folder, root, clips, seconds, train_sd):
         "audio of another clip": ~flat & (same > 1),
         "audio of another split": ~flat & (same > counts(list(zip(audio, splits)))),
         "recording also in another split": counts(paths) > counts(list(zip(paths, splits)))}
-    alike = counts(padded.round(2)) > len(rows) / 2
-    usual = {"padded": not (alike & (padded > 0.25)).any(),  # short files of all lengths
-             "dull": dull.mean() > 0.5 and rate[dull].max() < 10000  # most have such a rate, which
-                     and np.median(length) <= seconds}  # if wrong, would make the files longer
+    usual = {  # unmarked: files of varying length; a low rate, unless it makes whole files too long
+        "padded": not (counts(padded.round(2))[padded > 0.25] > len(rows) / 2).any(),
+        "dull": dull.mean() > 0.5 and rate[dull].max() < 10000 and (
+            np.median(length) <= seconds or any(clip.start for clip in clips))}
     odd = abs(mean) > 2 * train_sd or not train_sd / 4 < sd < 2 * train_sd
     print(f"{len(rows):8,} clips; input: mean {mean:.2f}, sd {sd:.2f}, in training 0 and {train_sd}"
           + ("  <- look at this" if odd else ""))
     for text, here in found.items():
         names = ", ".join(f"{clips[i].path} ({clips[i].start:g} s, {splits[i]})"
                           for i in np.flatnonzero(here)[:3])
-        odd = names and not usual.get(text.split(":")[0])
-        print(f"{here.sum():8,} {text}" + (f"  <- look at this: {names}" if odd else ""))
+        marked = names and not usual.get(text.split(":")[0])
+        print(f"{here.sum():8,} {text}" + (f"  <- look at this: {names}" if marked else ""))
     return {"input": [round(float(mean), 3), round(float(sd), 3)],
             **{text.split(":")[0]: int(here.sum()) for text, here in found.items()}}
 
-def counts(keys):
-    """How often each of the keys occurs."""
+def counts(keys):  # how often each of them occurs
     times = collections.Counter(keys)
     return np.array([times[key] for key in keys])
 
@@ -969,8 +969,8 @@ def main():
         rows = ((path, "-", [label], 0, times) for path, *times, label in rows)
         events = read_clips(root, rows, "multi")[3]
     if len(classes) != number or not clips:
-        raise Stop(f"{root}: found {len(clips)} clips and {len(classes)} classes, datasets.txt "
-                   f"says {number} ({', '.join(classes[:12])} ...); fix the count or the tables; "
+        raise Stop(f"{root}: found {len(clips)} clips and {len(classes)} classes "
+                   f"({', '.join(classes[:12])} ...), datasets.txt says {number}; fix one of them; "
                    f"without manifest.csv, clips are the {' '.join(AUDIO)} files, without classes")
     for path, _ in list(missing)[:3]:
         print(f"missing: {root}/{path}, one of {len(missing):,}", file=sys.stderr)
@@ -1008,9 +1008,9 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Stop, OSError, torch.OutOfMemoryError) as e:
+    except (Stop, OSError, soundfile.LibsndfileError, torch.OutOfMemoryError) as e:
         text = str(e) if isinstance(e, Stop) else (
-            f"{str(e).split('. ')[0]}; fix that and run the same command again to resume")
+            f"{re.split('[.]( |$)', str(e))[0]}; fix that and run the same command again to resume")
         print(f"extract.py: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

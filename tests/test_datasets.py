@@ -174,6 +174,10 @@ def test_splits_and_audio_endings():
     put("mine", dict.fromkeys([*names, "a.ogg", "c.mp3", "shard/deep/d.flac"], ""))
     clips = read("mine", [(name, name, []) for name in names])[0]
     assert [split for split, _ in clips.values()] == 4 * ["train"] + 5 * ["valid"] + 4 * ["test"]
+    span = [("a.wav", "train", ["x"], 0, times) for times in ((0.0, 1.0), ("", ""), ("0", ""))]
+    assert read("mine", span)[3] == [("a.ogg", 0, 1, "x")]
+    put("mine", {"manifest.csv": "# mine\n\npath,split,labels\na.wav,test,x\n"})
+    assert read("mine")[0] == {("a.ogg", 0): ("test", "x")}
     wanted = "a.wav", "b.wav", "c.flac", "**/d.ogg", "**/e.wav"
     clips, missing, *_ = read("mine", [(path, "fold A", ["x"]) for path in wanted])
     assert [path for path, _ in clips] == ["a.ogg", "c.mp3", "shard/deep/d.flac"]
@@ -191,6 +195,7 @@ BROKEN = (
     *(("mine", "manifest.csv", "path,split,labels\n" + text, word) for word, text in BROKEN),
     *(("mine", "manifest.csv", f"path,split,labels,start\na.wav,train,x,{start}", start)
       for start in ("soon", "-1", "nan")),
+    ("mine", "manifest.csv", "path,path,split,labels\na.wav,x,train,y", "manifest.csv:2"),
     ("mine", "manifest.csv", "path;split;labels\na.wav;train;x", "need"),
     ("mine", "manifest.csv", "", "0 classes"), ("gone", "a.wav", "", "gone"),
     *(("urban", "annotations/test/a.txt", text, word) for text, word in

@@ -79,7 +79,7 @@ def test_golden_outputs(name, model, seconds):
             "first": out[0, :4], "mid": out[middle, :4], "last": out[-1, :4],
             "out_mean": out.mean(), "out_std": out.std(),
             "embed_in_mid": seen[0][0, middle, :4], "block0_mid": seen[1][0, middle, :4]}.items():
-        np.testing.assert_allclose(found, want[key], atol=1e-3, err_msg=key)
+        np.testing.assert_allclose(found, want[key], atol=5e-5, err_msg=key)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_counts_of_the_readme(family):
@@ -126,8 +126,8 @@ def test_asit_positions_are_cut_or_stretched():
 @pytest.mark.parametrize("model, seconds, frames, grid", [
     ("eat", 1, 128, (7, 8)), ("eat", 5, 512, (32, 8)), ("eat", 10, 1024, (64, 8)),
     ("eat", 12, 1216, (75, 8)), ("amae", 5, 1024, (32, 8)), ("asit", 3, 320, (19, 8)),
-    ("beats", 5, 498, (31, 8)), ("dasheng", 11, 1098, (275, 1)), ("dasheng", 0.03, 1, (1, 1)),
-    ("amae", 11, 0, 0), ("eat", 130, 0, 0), ("logmel", 0.1, 0, 0), ("dasheng", 0.028, 0, 0)])
+    ("beats", 5, 498, (31, 8)), ("dasheng", 11, 1098, (275, 1)), ("dasheng", 0.04, 2, (1, 1)),
+    ("amae", 11, 0, 0), ("eat", 130, 0, 0), ("logmel", 0.1, 0, 0), ("dasheng", 0.03, 0, 0)])
 def test_lengths_and_grids(model, seconds, frames, grid):
     if not frames:  # too long for the positions, too short for a token
         with pytest.raises(extract.Stop, match=f"{seconds} s"):
@@ -207,3 +207,5 @@ def test_find_checkpoint_downloads_once(monkeypatch):
     assert source == {"source": "https://huggingface.co/a/b/resolve/main/c.pt", "sha256": SHA256}
     with pytest.raises(extract.Stop, match="--model eat"):
         extract.find_checkpoint("sslam", file)
+    with pytest.raises(extract.Stop, match="eat-c.pt cannot be read"):
+        extract.Encoder("eat")  # without a file, the official one, not random weights

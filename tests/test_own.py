@@ -113,6 +113,11 @@ def test_recordings_and_padded_clips_are_named(folder):
     assert found(report) == ["recording"] and "a.wav (1 s, test)" in report
     assert re.search("^ *1 padded", report, re.M)
 
+def test_long_recordings_of_a_low_rate_are_usual(folder):
+    soundfile.write(folder / "a.wav", np.sin(np.arange(40000) / 3) / 2, 8000)
+    report = extracted()
+    assert found(report) == [] and re.search("^ *5 dull", report, re.M)
+
 @pytest.mark.parametrize("rate, low, words", [
     (8000, 12, []), (8000, 3, ["dull"]), (16000, 0, [])])
 def test_short_files_and_low_rates_are_usual(rate, low, words, folder):
@@ -126,6 +131,9 @@ def test_short_files_and_low_rates_are_usual(rate, low, words, folder):
     assert found(report) == words
     assert re.search(f"^ *{low * (rate < RATE)} dull", report, re.M)
     assert re.search("^ *9 padded", report, re.M)
+    if words:  # a file is damaged after the extraction
+        (folder / "00.wav").write_bytes(b"RIFF")
+        refused(script("extract.py", "--data", "mine"), "00.wav")
 
 def test_examination_survives_a_stop(folder):
     for i in range(20):
