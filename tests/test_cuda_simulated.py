@@ -62,7 +62,8 @@ class Device(TorchDispatchMode):
             if held:
                 out[...] = value
             elif pinned:
-                assert source.tobytes() == value.tobytes(), "pinned and overwritten too early"
+                same = source.tobytes() == value.tobytes()  # pytest would compare bytes one by one
+                assert same, "pinned and overwritten too early"
         with _disable_current_modes():
             source, held = NUMPY(tensor.detach()), self.holds(tensor)
             value, pinned = source.copy(), tensor.untyped_storage()._cdata in self.pinned
