@@ -56,7 +56,7 @@ LOG_FLOOR = 1.1920928955078125e-07   # float32 epsilon, kaldi's floor before the
 CHUNK = 1008                         # frames Dasheng encodes at once, 252 tokens [official code]
 STEP = 32                            # EAT, ASiT: frames are rounded up to a multiple of it [ours]
 BLOCK = {"cpu": 8, "cuda": 64}       # 10 s clips in a batch, also the unit of resuming [ours]
-WRITERS = 3                          # threads that write, each a whole block [ours]
+WRITERS = 3                          # threads that write, each a part of a block [ours]
 MAX_BAD = 0.01                       # accepted share of missing or unreadable clips [ours]
 UNEVEN = 2000                        # largest rate / gcd(rate, RATE): kernels grow with it [ours]
 AUDIO = ".wav", ".flac", ".ogg", ".mp3"  # also tried in place of a missing file [ours]
@@ -564,15 +564,12 @@ def fsdd(root):
         digit, speaker, _ = path.stem.split("_")
         yield f"recordings/{path.name}", speaker, [digit]
 
-def birdset(root, seed=1):
-    try:
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise Stop(f"{root}: reading BirdSet's tables needs one more package: pip install pyarrow")
+def birdset(root):
+    from pyarrow.parquet import read_table  # not needed by other datasets
     train, test = ([row for file in glob.glob(f"{root}/*_metadata_{split}.parquet")
                     for row in read_table(file).to_pylist()] for split in ("train", "test_5s"))
     yield None, None, {row["ebird_code"] for row in train}
-    for row, start in few_shot(train, 64, 5, seed):
+    for row, start in few_shot(train, 64, 5, seed=1):
         yield f"**/{os.path.basename(row['filepath'])}", "train", [row["ebird_code"]], start
     for row in test:
         yield f"**/{os.path.basename(row['filepath'])}", "test", row["ebird_code_multilabel"] or []
@@ -604,9 +601,9 @@ def few_shot(rows, shots, seconds, seed):
         taken = rng.sample(primary, min(shots, len(primary)))
         yield from taken + rng.sample(others, min(shots - len(taken), len(others)))
 
-BIRDSET = "hsn", "nbp", "nes", "per", "pow", "sne", "uhh"  # the paper's seven
 READERS = {f.__name__: f for f in (as20k, fsd50k, desed, desed_public, spass, spass28, urban, esc50,
-                                   sc2, fsdd)} | dict.fromkeys(BIRDSET, birdset)
+                                   sc2, fsdd)}
+READERS |= dict.fromkeys("hsn nbp nes per pow sne uhh".split(), birdset)  # the paper's BirdSet
 Clip = collections.namedtuple("Clip", "path start split labels")  # labels: a set
 
 def read_clips(root, rows, task):
@@ -784,16 +781,17 @@ def write_rows(file, first, rows):
         f.seek(array.offset + first * array.strides[0])
         f.write(np.ascontiguousarray(rows))
 
-def save_block(folder, block, failed, arrays, done):
-    """Write a block's rows (`failed`: zeros), then their bytes in state.npy: marked blocks survive
-    a kill, not a power cut. done: a CUDA event to wait for, or None. Returns seconds of writing."""
+def save_part(folder, part, failed, arrays, done):
+    """Write the rows `part` of a block (`failed`: zeros), then their bytes in state.npy: marked rows
+    survive a kill, not a power cut. done: a CUDA event to wait for, or None. Returns seconds."""
     if done:
         done.synchronize()
     begin = time.time()
+    state = np.uint8([2 if row in failed else 1 for row in part])
     for name, array in arrays.items():
-        array[[row - block[0] for row in failed]] = 0
-        write_rows(f"{folder}/{name}.npy", block[0], array)
-    write_rows(f"{folder}/state.npy", block[0], np.uint8([2 if r in failed else 1 for r in block]))
+        array[state == 2] = 0
+        write_rows(f"{folder}/{name}.npy", part[0], array)
+    write_rows(f"{folder}/state.npy", part[0], state)
     return time.time() - begin
 
 def fill_dump(folder, root, encoder, clips, seconds, most_bad):
@@ -826,8 +824,11 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
             arrays = {name: x.to("cpu", non_blocking=True).numpy() for name, x in arrays.items()}
             done = torch.cuda.current_stream().record_event(
                 torch.cuda.Event(blocking=True)) if gpu else None
-            saving.append(writers.submit(save_block, folder, block, failed, arrays, done))
-            if len(saving) > WRITERS:  # no more blocks wait in memory
+            n = -(-len(block) // WRITERS)
+            for i in range(0, len(block), n):
+                part = {name: array[i:i + n] for name, array in arrays.items()}
+                saving.append(writers.submit(save_part, folder, block[i:i + n], failed, part, done))
+            while len(saving) > 2 * WRITERS:  # two blocks may wait in memory
                 writing += saving.popleft().result()
             bar.update(len(block))
         writing += sum(job.result() for job in saving)
@@ -936,7 +937,6 @@ def main():
     flag("--model", default="logmel", choices=MODELS, help="default logmel")
     flag("--data", default="demo", metavar="NAME", help="a line of datasets.txt (default demo)")
     flag("--checkpoint", metavar="FILE", help="use these weights (default: the official ones)")
-    flag("--shots-seed", type=int, default=1, metavar="N", help="seed of BirdSet's few-shot clips")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     flag("--device", choices=devices, default=devices[-1], help="default: cuda if there is one")
     flag("--precision", choices=("fp32", "fp16"), help="default: fp16 on cuda, fp32 on cpu")
@@ -957,9 +957,7 @@ def main():
         if not urls:
             raise Stop(f"{root} does not exist; see datasets.txt (demo: python tests/demo.py)")
         fetch_dataset(root, urls)
-    if args.data in BIRDSET:
-        rows = birdset(root, args.shots_seed)
-    elif args.data in READERS or os.path.exists(f"{root}/manifest.csv"):
+    if args.data in READERS or os.path.exists(f"{root}/manifest.csv"):
         rows = READERS.get(args.data, manifest)(root)
     else:
         rows = recordings(root, seconds)
@@ -1008,7 +1006,7 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Stop, OSError, soundfile.LibsndfileError, torch.OutOfMemoryError) as e:
+    except (Stop, ImportError, OSError, soundfile.LibsndfileError, torch.OutOfMemoryError) as e:
         text = str(e) if isinstance(e, Stop) else (
             f"{re.split('[.]( |$)', str(e))[0]}; fix that and run the same command again to resume")
         print(f"extract.py: {' '.join(text.split())}", file=sys.stderr)

@@ -165,7 +165,7 @@ def test_extraction(model):
 
 def test_planted_faults(monkeypatch):
     """Labels on the host, one pinned buffer for all batches, tokens saved before they arrive."""
-    loss, save = probe.asymmetric_loss, extract.save_block
+    loss, save = probe.asymmetric_loss, extract.save_part
     buffer = torch.zeros(16, 64, 64, dtype=torch.float16)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="same device"):
         patch.setitem(probe.LOSSES, "asl", lambda logits, labels: loss(logits, labels.cpu()))
@@ -175,7 +175,7 @@ def test_planted_faults(monkeypatch):
             buffer, pinned=True)[:len(tensor)].copy_(tensor))
         train("cuda", "mhca", MEMORY=0)
     with monkeypatch.context() as patch, pytest.raises(extract.Stop, match="overflow"):  # NaN
-        patch.setattr(extract, "save_block", lambda *args: save(*args[:-1], None))
+        patch.setattr(extract, "save_part", lambda *args: save(*args[:-1], None))
         encode("cuda", "eat")
 
 @pytest.mark.parametrize("pool", ["protobin", "mhca"])
