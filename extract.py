@@ -863,7 +863,7 @@ def describe(waves, spec, tokens, grid):
     """waves (B, samples), spec (B, T, mels), tokens (B, N, D) -> float64 (B, 9), see CHECKS. From a
     part of the values: 17 shares no factor with the number of mel bins or a usual tone's period."""
     some, spec = waves[:, ::17].contiguous(), spec.flatten(1)[:, ::17]
-    maps, bits = tokens.unflatten(1, grid)[..., :16], some.view(torch.int32).long()
+    maps, bits = tokens.unflatten(1, grid)[..., :4], some.view(torch.int32).long()
     factors = 1 + 2 * torch.arange(bits.shape[1], device=bits.device)        # odd
     frames = waves.unfold(1, FFT, FFT)[:, ::waves.shape[1] // FFT // 32 + 1]  # (B, <= 32, FFT)
     frames = frames * torch.hann_window(FFT, device=waves.device)
