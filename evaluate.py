@@ -149,7 +149,7 @@ def read(file, kinds="", shape=(), columns=None, mmap_mode=None):
                 return [[kind(row[k]) for k, kind in columns.items()] for row in csv.DictReader(f)]
             return dict(json.load(f)) if file.endswith(".json") else f.read().splitlines()
     except Exception as e:  # a damaged file can raise any exception: numpy parses headers
-        raise Stop(f"{file} cannot be read ({getattr(e, 'strerror', None) or repr(e)})")
+        raise Stop(f"{file} cannot be read ({getattr(e, 'strerror', None) or repr(e)[:200]})")
 
 def read_dump(data, model):
     """What tokens/<data>/<model>/ says: labels bool (clips, C), paths, starts (s) and recordings
