@@ -398,18 +398,17 @@ def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
                "weight_decay": decay * yes} for yes in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr, getattr(head, "betas", (0.9, 0.999)), fused=True)
     shuffle = torch.Generator().manual_seed(settings["seed"])
-    steps, step = EPOCHS * math.ceil(len(rows) / BATCH), 0
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, EPOCHS * math.ceil(len(rows) / BATCH))
     for _ in tqdm(range(EPOCHS), settings.get("pool"), leave=False, disable=None):
         total, order = 0, rows[torch.randperm(len(rows), generator=shuffle)]
         for at, tokens in batches(source, order, labels.device.type, dtype):
             logits = head(tokens, None if cls is None else cls[at])
             loss = LOSSES[settings["loss"]](logits, labels[at])
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.zero_grad()
             (loss + head.penalty() if hasattr(head, "penalty") else loss).backward()
             optimizer.step()
-            step += 1
+            schedule.step()
             total += loss.detach() * len(at)  # .item() would wait for the GPU
         losses.append(total.item() / len(rows))
         if not math.isfinite(losses[-1]):
