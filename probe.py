@@ -384,9 +384,8 @@ def batches(source, rows, device, dtype=torch.float32):
         jobs = []
         with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
             for i, part in enumerate(at):
-                jobs += [pool.submit(read, ahead) for ahead in parts[len(jobs):i + AHEAD + 1]]
-                yield part, jobs[i].result().to(device, non_blocking=True).to(dtype)
-                jobs[i] = None  # frees its memory
+                jobs += [pool.submit(read, ahead) for ahead in parts[i + len(jobs):i + AHEAD + 1]]
+                yield part, jobs.pop(0).result().to(device, non_blocking=True).to(dtype)
 
 def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
     """EPOCHS passes of AdamW with cosine decay to zero, no warm-up; keeps the last epoch. rows of
