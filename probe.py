@@ -416,10 +416,9 @@ def train(head, source, cls, labels, rows, settings, dtype=torch.float32):
 
 def frames(head, meta, tokens):
     """(B, T, C): the head's logits on the tokens of WINDOW around each time step of a clip."""
-    maps = tokens.unflatten(1, tuple(meta["grid"]))                          # (B, T, F, D)
-    side = round((WINDOW / meta["token_seconds"] - 1) / 2)  # steps before and after
-    return torch.stack([head(maps[:, max(0, t - side):t + side + 1].flatten(1, 2))
-                        for t in range(maps.shape[1])], 1)
+    (T, F), side = meta["grid"], round((WINDOW / meta["token_seconds"] - 1) / 2)  # side: in steps
+    return torch.stack([head(tokens[:, F * max(0, t - side):F * (t + side + 1)])
+                        for t in range(T)], 1)
 
 def run(work, settings, dump, source, kinds):
     """Train a head per fold, test each clip once, and write the files of a run into `work`,
