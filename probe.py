@@ -19,7 +19,6 @@ import argparse
 import concurrent.futures
 import csv
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -498,48 +497,47 @@ def apply_head(file, dump, threshold, overwrite):
         return torch.stack([one(tokens, cls) for one in heads]).mean(0)
     probability = torch.sigmoid if multi else nn.Softmax(-1)
     seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
-    edges = [t * step for t in range(T) if t * step < seconds] + [seconds]   # of the time steps
+    by_frames = dump.cls is None or hasattr(heads[0], "evidence")
+    edges = [t * step for t in range(T if by_frames else 1) if t * step < seconds] + [seconds]
     rows = sorted((i for i, split in enumerate(dump.splits) if split), key=dump.clips.__getitem__)
+    active = {dump.clips[row][0]: [] for row in rows}  # steps above threshold, by recording
     shutil.rmtree(out + ".new", ignore_errors=True)
     os.makedirs(out + ".new")
     with open(f"{out}.new/scores.csv", "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(["path", "start", "end", *classes])
-        for path, group in itertools.groupby(rows, lambda row: dump.clips[row][0]):
-            active = []  # time steps: (onset, offset, label, probability)
-            for at, tokens in batches(dump.tokens, torch.tensor(list(group)), dump.device):
-                logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
-                steps = logits[:, None].expand(-1, T, -1)                    # (B, T, C)
-                if dump.cls is None or hasattr(heads[0], "evidence"):
-                    steps = frames(head, dump.meta, tokens)
-                for row, scores, on in zip(at.tolist(), probability(logits).tolist(),
-                                           probability(steps).cpu()[:, :len(edges) - 1]):
-                    start = dump.clips[row][1]
-                    table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores)])
-                    active += [(start + edges[t], start + edges[t + 1], classes[j], on[t, j].item())
-                               for t, j in (on > threshold).nonzero().tolist()]
-            write_tracks(out + ".new", path, active)
+        for at, tokens in batches(dump.tokens, torch.tensor(rows), dump.device):
+            logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
+            steps = frames(head, dump.meta, tokens) if by_frames else logits[:, None]
+            for row, scores, on in zip(at.tolist(), probability(logits).tolist(),
+                                       probability(steps).cpu()[:, :len(edges) - 1]):
+                path, start = dump.clips[row]
+                table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores)])
+                for t, j in (on > threshold).nonzero().tolist():
+                    step = classes[j], start + edges[t], start + edges[t + 1], on[t, j].item()
+                    active[path].append(step)
+    for path, steps in active.items():
+        write_tracks(out + ".new", path, steps)
     shutil.rmtree(out, ignore_errors=True)
     os.rename(out + ".new", out)
     print(f"{out}: scores of {len(rows)} clips; {len(dump.splits) - len(rows)} are unreadable")
 
-def write_tracks(folder, path, active):
-    """Join time steps (onset, offset, label, probability) of a recording that touch or overlap, and
+def write_tracks(folder, path, steps):
+    """Join time steps (label, onset, offset, probability) of a recording that touch or overlap, and
     write these events as audacity/<path>.txt and raven/<path>.txt."""
-    events, latest = [], {}
-    for onset, offset, label, p in sorted(active):
-        if label not in latest or onset > latest[label][1] + 1e-3:
-            latest[label] = [onset, offset, label, p]
-            events.append(latest[label])
-        event = latest[label]
-        event[1], event[3] = max(event[1], offset), max(event[3], p)
-    tracks = {"audacity": "", "raven": "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\t"
-                                       "Low Freq (Hz)\tHigh Freq (Hz)\tLabel\tProbability\n"}
-    for i, (onset, offset, label, p) in enumerate(events, 1):
+    events = []
+    for label, onset, offset, p in sorted(steps):
+        if events and events[-1][2] == label and onset <= events[-1][1] + 1e-3:
+            onset, end, _, highest = events.pop()
+            offset, p = max(end, offset), max(highest, p)
+        events.append((onset, offset, label, p))
+    audacity, raven = "", ("Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\t"
+                           "Low Freq (Hz)\tHigh Freq (Hz)\tLabel\tProbability\n")
+    for i, (onset, offset, label, p) in enumerate(sorted(events), 1):
         times = f"{onset:.3f}\t{offset:.3f}"
-        tracks["audacity"] += f"{times}\t{label} {p:.2f}\n"
-        tracks["raven"] += f"{i}\tSpectrogram 1\t1\t{times}\t0\t8000\t{label}\t{p:.2f}\n"
-    for kind, text in tracks.items():
+        audacity += f"{times}\t{label} {p:.2f}\n"
+        raven += f"{i}\tSpectrogram 1\t1\t{times}\t0\t8000\t{label}\t{p:.2f}\n"
+    for kind, text in ("audacity", audacity), ("raven", raven):
         track = pathlib.Path(f"{folder}/{kind}/{path.replace('../', '_/')}.txt")
         track.parent.mkdir(parents=True, exist_ok=True)
         track.write_text(text, "utf-8")

@@ -218,9 +218,9 @@ def test_events_are_runs_of_steps_across_clips():
                for track in tracks.values() for onset, offset, _ in track) > 3, "none is across"
 
 def test_tracks_of_overlapping_clips():
-    active = [(0, 1, "a", 0.6), (4, 5, "a", 0.7), (2.5, 3.5, "a", 0.9), (3, 4, "b", 0.5),
-              (3, 3.25, "a", 0.8), (3.5, 4, "b", 0.9)]
-    probe.write_tracks("out", "../x.wav", active)
+    steps = [("a", 0, 1, 0.6), ("a", 4, 5, 0.7), ("a", 2.5, 3.5, 0.9), ("b", 3, 4, 0.5),
+             ("a", 3, 3.25, 0.8), ("b", 3.5, 4, 0.9)]
+    probe.write_tracks("out", "../x.wav", steps)
     assert pathlib.Path("out/audacity/_/x.wav.txt").read_text() == (
         "0.000\t1.000\ta 0.60\n2.500\t3.500\ta 0.90\n3.000\t4.000\tb 0.90\n4.000\t5.000\ta 0.70\n")
 
