@@ -493,9 +493,9 @@ def apply_head(file, dump, threshold, overwrite):
     out = f"applied/{dump.name}/{info['pool']}"
     if os.path.exists(out) and not overwrite:
         raise Stop(f"{out} already exists; --overwrite replaces it, with any labels you corrected")
-    def head(tokens, cls=None):
-        return torch.stack([one(tokens, cls) for one in heads]).mean(0)
-    probability = torch.sigmoid if multi else nn.Softmax(-1)
+    def probabilities(tokens, cls=None):
+        logits = torch.stack([head(tokens, cls) for head in heads]).mean(0)  # (B, C)
+        return logits.sigmoid() if multi else logits.softmax(1)
     seconds, step, (T, _) = (dump.meta[key] for key in ("seconds", "token_seconds", "grid"))
     by_frames = dump.cls is None or hasattr(heads[0], "evidence")
     edges = [t * step for t in range(T if by_frames else 1) if t * step < seconds] + [seconds]
@@ -507,14 +507,13 @@ def apply_head(file, dump, threshold, overwrite):
         table = csv.writer(f, lineterminator="\n")
         table.writerow(["path", "start", "end", *classes])
         for at, tokens in batches(dump.tokens, torch.tensor(rows), dump.device):
-            logits = head(tokens, None if dump.cls is None else dump.cls[at])  # (B, C)
-            steps = frames(head, dump.meta, tokens) if by_frames else logits[:, None]
-            for row, scores, on in zip(at.tolist(), probability(logits).tolist(),
-                                       probability(steps).cpu()[:, :len(edges) - 1]):
+            scores = probabilities(tokens, None if dump.cls is None else dump.cls[at])
+            steps = frames(probabilities, dump.meta, tokens) if by_frames else scores[:, None]
+            for row, clip, p in zip(at.tolist(), scores.tolist(), steps.cpu()):
                 path, start = dump.clips[row]
-                table.writerow([path, start, start + seconds, *(f"{p:.6g}" for p in scores)])
-                for t, j in (on > threshold).nonzero().tolist():
-                    step = classes[j], start + edges[t], start + edges[t + 1], on[t, j].item()
+                table.writerow([path, start, start + seconds, *(f"{score:.6g}" for score in clip)])
+                for t, j in (p[:len(edges) - 1] > threshold).nonzero().tolist():
+                    step = classes[j], start + edges[t], start + edges[t + 1], p[t, j].item()
                     active[path].append(step)
     for path, steps in active.items():
         write_tracks(out + ".new", path, steps)
