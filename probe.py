@@ -483,14 +483,15 @@ def apply_head(file, dump, threshold, overwrite):
     by frames, or by clips if the head reads [cls]. Raises Stop for tokens of another encoder."""
     try:
         info = json.loads(pathlib.Path(file).with_name("run.json").read_text("utf-8"))
-        heads = [load_head(file, fold).to(dump.device) for fold in info["losses"]]
-        classes, multi = info["classes"], info["dump"]["task"] == "multi"
-        if info["encoder"] != dump.encoder:
+        saved = torch.load(file, weights_only=True)
+        heads = [load_head(file, fold).to(dump.device) for fold in saved["folds"]]
+        classes, multi = [*map(str, info["classes"])], info["dump"]["task"] == "multi"
+        if (info["encoder"], len(classes)) != (dump.encoder, saved["sizes"][1]):
             raise ValueError(f"trained on tokens of {info['encoder']}, not of {dump.encoder}")
     except Exception as e:  # torch and json have their own errors for damaged files
         raise Stop(f"{file} cannot be applied to tokens/{dump.name} ({type(e).__name__}: "
                    f"{str(e).split('. ')[0][:200]}); it needs run.json and its encoder's tokens")
-    out = f"applied/{dump.name}/{info['pool']}"
+    out = f"applied/{dump.name}/{saved['pool']}"
     if os.path.exists(out) and not overwrite:
         raise Stop(f"{out} already exists; --overwrite replaces it, with any labels you corrected")
     def probabilities(tokens, cls=None):

@@ -233,7 +233,8 @@ def test_head_that_reads_cls_has_events_of_whole_clips():
     ("meta.json", {"grid": [2, 7]}), ("meta.json", {"seconds": None}),
     ("meta.json", {"token_seconds": 0}), ("cls.npy", np.zeros((90, 32), np.float16)),
     ("tokens.npy", np.zeros((90, T * F, 16), np.float16)),
-    ("head.pt", None), ("head.pt", b""), ("run.json", None), ("run.json", b"{}")])
+    ("head.pt", None), ("head.pt", b""), ("run.json", None), ("run.json", b"{}"),
+    ("run.json", {"classes": None}), ("run.json", {"classes": ["a"]})])
 def test_what_cannot_be_applied(file, content):
     head = trained()
     run = pathlib.Path(head).parent
