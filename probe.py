@@ -501,7 +501,8 @@ def apply_head(file, dump, threshold, overwrite):
     by_frames = dump.cls is None or hasattr(heads[0], "evidence")
     edges = [t * step for t in range(T if by_frames else 1) if t * step < seconds] + [seconds]
     rows = sorted((i for i, split in enumerate(dump.splits) if split), key=dump.clips.__getitem__)
-    active = {dump.clips[row][0]: [] for row in rows}  # steps above threshold, by recording
+    last = {dump.clips[row][0]: row for row in rows}  # of each recording
+    active = []  # a recording's steps above threshold: (label, onset, offset, probability)
     shutil.rmtree(out + ".new", ignore_errors=True)
     os.makedirs(out + ".new")
     with open(f"{out}.new/scores.csv", "w", newline="", encoding="utf-8") as f:
@@ -513,11 +514,11 @@ def apply_head(file, dump, threshold, overwrite):
             for row, clip, p in zip(at.tolist(), scores.tolist(), steps.cpu()):
                 path, start = dump.clips[row]
                 table.writerow([path, start, start + seconds, *(f"{score:.6g}" for score in clip)])
-                for t, j in (p[:len(edges) - 1] > threshold).nonzero().tolist():
-                    step = classes[j], start + edges[t], start + edges[t + 1], p[t, j].item()
-                    active[path].append(step)
-    for path, steps in active.items():
-        write_tracks(out + ".new", path, steps)
+                active += [(classes[j], start + edges[t], start + edges[t + 1], p[t, j].item())
+                           for t, j in (p[:len(edges) - 1] > threshold).nonzero().tolist()]
+                if row == last[path]:
+                    write_tracks(out + ".new", path, active)
+                    active = []
     shutil.rmtree(out, ignore_errors=True)
     os.rename(out + ".new", out)
     print(f"{out}: scores of {len(rows)} clips; {len(dump.splits) - len(rows)} are unreadable")
