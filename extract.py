@@ -782,8 +782,8 @@ def write_rows(file, first, rows):
         f.write(np.ascontiguousarray(rows))
 
 def save_part(folder, part, failed, arrays, done):
-    """Write the rows `part` of a block (`failed`: zeros), then their bytes in state.npy: marked rows
-    survive a kill, not a power cut. done: a CUDA event to wait for, or None. Returns seconds."""
+    """Write the rows `part` of a block (`failed`: zeros), then their bytes in state.npy: marked
+    rows survive a kill, not a power cut. done: CUDA event to wait for, or None. Returns seconds."""
     if done:
         done.synchronize()
     begin = time.time()
