@@ -699,13 +699,13 @@ def download(url, file):
 def fetch_dataset(root, urls):
     """Download and unpack the archives of a dataset. Root appears only when complete; if all is in
     one folder, that becomes root. Finished downloads survive a stop. Raises Stop."""
-    parts, new = root + ".download", root + ".unpacking"
+    parts, new = root + ".download", root + ".download/unpacked"
     shutil.rmtree(new, ignore_errors=True)
     os.makedirs(new)
     files = {os.path.join(parts, re.sub("[?#].*", "", url).split("/")[-1]): url for url in urls}
-    for file in files:
+    for file, url in files.items():
         if not os.path.exists(file):
-            download(files[file], file)
+            download(url, file)
     for file in files:
         print(f"unpacking {file}", file=sys.stderr)
         try:
@@ -722,8 +722,7 @@ def fetch_dataset(root, urls):
                        f"or unpack it into {root} by hand (split zips: zip -s 0 A.zip --out B.zip)")
     inside = glob.glob(f"{new}/*")
     os.rename(inside[0] if len(inside) == 1 and os.path.isdir(inside[0]) else new, root)
-    for rest in (new, parts):
-        shutil.rmtree(rest, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 # ---- the dump
