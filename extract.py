@@ -488,14 +488,14 @@ def drawn(name):
     """A split by hash of the name, the same on every machine: 70 % train, 30 % test [ours]."""
     return "train" if int(hashlib.md5(name.encode()).hexdigest()[:8], 16) < 0.7 * 2**32 else "test"
 
-def manifest(root):
-    """The default: your own data/<name>/manifest.csv, labels joined with ;"""
-    for path, split, labels, start in table(f"{root}/manifest.csv", "path,split,labels", "start"):
-        yield path, split, labels.split(";"), start
-
-def recordings(root, seconds):
-    """Without manifest.csv: every audio file below root, cut into clips, the last one zero-padded,
-    all in split test, without labels. Raises Stop."""
+def own(root, seconds):
+    """The default: manifest.csv, labels joined with ; or, without one, every audio file below root,
+    cut into clips, the last one zero-padded, all in split test, without labels. Raises Stop."""
+    manifest = f"{root}/manifest.csv"
+    if os.path.exists(manifest):
+        for path, split, labels, start in table(manifest, "path,split,labels", "start"):
+            yield path, split, labels.split(";"), start
+        return
     for path in sorted(glob.glob("**", root_dir=root, recursive=True)):  # not .hidden files
         if path.lower().endswith(AUDIO):
             try:
@@ -956,10 +956,7 @@ def main():
         if not urls:
             raise Stop(f"{root} does not exist; see datasets.txt (demo: python tests/demo.py)")
         fetch_dataset(root, urls)
-    if args.data in READERS or os.path.exists(f"{root}/manifest.csv"):
-        rows = READERS.get(args.data, manifest)(root)
-    else:
-        rows = recordings(root, seconds)
+    rows = READERS[args.data](root) if args.data in READERS else own(root, seconds)
     clips, missing, classes, events = read_clips(root, rows, task)
     if os.path.exists(f"{root}/events.csv"):
         rows = table(f"{root}/events.csv", "path,onset,offset,label")
