@@ -639,15 +639,14 @@ def read_clips(root, rows, task):
     return list(clips.values()), missing, sorted(classes), events
 
 def find_audio(root, wanted):
-    """The path of a file below root, trying other audio endings too; None if there is none."""
+    """Path below root, or None, trying other audio endings too. Raises Stop if two files match."""
     stem, ending = os.path.splitext(wanted)
     for name in [wanted, *(stem + other for other in AUDIO if ending in AUDIO)]:
-        if name.startswith("**/"):
-            name, *more = files_by_name(root).get(name[3:], [""])
-            if more:
-                raise Stop(f"{root}: {name} and {more[0]} both match {wanted}; remove one")
-        if name and os.path.isfile(os.path.join(root, name)):
-            return os.path.normpath(name).replace(os.sep, "/")
+        paths = files_by_name(root)[name[3:]] if name.startswith("**/") else [name]
+        if len(paths) > 1:
+            raise Stop(f"{root}: {paths[0]} and {paths[1]} both match {wanted}; remove one")
+        if paths and os.path.isfile(os.path.join(root, paths[0])):
+            return os.path.normpath(paths[0]).replace(os.sep, "/")
 
 @functools.lru_cache(maxsize=1)
 def files_by_name(root):
