@@ -977,8 +977,7 @@ def main():
             "seconds": seconds, "token_seconds": encoder.token_seconds, "sample_rate": RATE,
             "dim": encoder.dim, "cls": "cls" if encoder.has_cls else "mean", "precision": precision,
             "checkpoint": checkpoint, "clips": f"{len(clips)}, md5 {digest}",
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "torchaudio": torchaudio.__version__, "soundfile": soundfile.__version__}}
+            "versions": {m.__name__: m.__version__ for m in (np, torch, torchaudio, soundfile)}}
     size = len(clips) * math.prod(encoder.grid) * encoder.dim * 2 / 1e9
     print(f"{args.model} on {args.data}: {len(clips):,} clips of {seconds:g} s, {encoder.grid[0]} "
           f"x {encoder.grid[1]} tokens of {encoder.dim}, {size:.2f} GB; {args.device}, {precision}")
