@@ -737,9 +737,12 @@ def open_dump(folder, meta, clips, classes, events):
             sha256 = meta["checkpoint"] and meta["checkpoint"]["sha256"]
             return meta | {"versions": None, "checkpoint": None, "sha256": sha256}
         try:
-            old = settings(json.loads(pathlib.Path(folder, "meta.json").read_text("utf-8")))
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            raise Stop(f"{folder}/meta.json is damaged ({e!r}); use --overwrite to start over")
+            file = "meta.json"
+            old = settings(json.loads(pathlib.Path(folder, file).read_text("utf-8")))
+            for file in ("tokens.npy", "cls.npy", "checks.npy", "state.npy"):
+                np.load(f"{folder}/{file}", mmap_mode="r")
+        except Exception as e:  # numpy and json have their own errors for damaged files
+            raise Stop(f"{folder}/{file} is damaged ({str(e)[:200]}); --overwrite starts over")
         differ = [f"{key}: {old.get(key)}, now {value}" for key, value in settings(meta).items()
                   if old.get(key) != value]
         if differ:

@@ -208,8 +208,11 @@ def test_other_settings_are_refused_by_name():
     pathlib.Path("datasets.txt").write_text("mine multi 0.5 3\n")
     refused(extract_mine(), "seconds: 1.0, now 0.5", "--overwrite")
     assert content() == before
-    (DUMP / "meta.json").write_text("{")
-    refused(extract_mine(), "meta.json", "--overwrite")
+    for file in ("meta.json", "tokens.npy", "cls.npy", "checks.npy", "state.npy"):
+        whole = (DUMP / file).read_bytes()
+        (DUMP / file).write_bytes(whole[:90])
+        refused(extract_mine(), file, "--overwrite")
+        (DUMP / file).write_bytes(whole)
     assert extract_mine("--overwrite").returncode == 0 and content() != before
 
 def test_events_are_checked_and_their_paths_normalized():
