@@ -369,12 +369,12 @@ def batches(source, rows, device, dtype=torch.float32):
     mapped file, for a GPU read ahead by threads. On a CPU a batch overwrites the one before."""
     parts, at = rows.split(BATCH), rows.to(device).split(BATCH)
     if device == "cpu":  # memory is reused, as allocating takes 6 times as long as copying
-        source = torch.as_tensor(source)
-        out = torch.empty(len(parts[0]), *source.shape[1:], dtype=dtype)
+        source = np.asarray(source)
+        raw = np.empty((len(parts[0]), *source.shape[1:]), source.dtype)
+        out = torch.empty(raw.shape, dtype=dtype)
         for part in parts:
-            for row, clip in zip(part.tolist(), out):
-                clip.copy_(source[row])
-            yield part, out[:len(part)]
+            np.take(source, part.numpy(), 0, out=raw[:len(part)], mode="clip")  # "raise" copies
+            yield part, out[:len(part)].copy_(torch.from_numpy(raw[:len(part)]))
     elif torch.is_tensor(source):
         yield from ((part, source[part].to(dtype)) for part in at)
     else:

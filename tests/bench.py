@@ -54,7 +54,7 @@ def clock(*functions, rounds=5, before=lambda: None):
 def mapped_tokens(*shape):
     block = np.random.default_rng(0).standard_normal((50, *shape[1:])).astype(np.float16)
     np.save("tokens.npy", np.resize(block, shape))  # repeats the block
-    return np.load("tokens.npy", mmap_mode="c")
+    return np.load("tokens.npy", mmap_mode="r")
 
 def train(head, source, labels, rows, lr):
     settings = {"lr": lr, "weight_decay": probe.DECAY, "loss": "asl", "seed": 0}
