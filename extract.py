@@ -825,7 +825,7 @@ def fill_dump(folder, root, encoder, clips, seconds, most_bad):
             arrays = {name: x.to("cpu", non_blocking=True).numpy() for name, x in arrays.items()}
             done = torch.cuda.current_stream().record_event(
                 torch.cuda.Event(blocking=True)) if gpu else None
-            n = -(-len(block) // WRITERS)
+            n = math.ceil(len(block) / WRITERS)  # rows of a part
             for i in range(0, len(block), n):
                 part = {name: array[i:i + n] for name, array in arrays.items()}
                 saving.append(writers.submit(save_part, folder, block[i:i + n], failed, part, done))
